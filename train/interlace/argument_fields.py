@@ -1,0 +1,74 @@
+"""Interlace's own argument keys, as plain dataclasses without heavy imports.
+
+`argument_schema.json` is generated from these and from Hugging Face's `TrainingArguments`; `arguments.py` checks the user's JSON against that file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help and JSON Schema limits (`minimum`, `exclusiveMinimum`, `maximum`)."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DatasetEntry:
+    """One entry of `dataset.train` or `dataset.eval`."""
+
+    data_files: str | list[str] = key("", 'A path, a list of paths, a glob, or "demo".')
+    name: str | None = key(None, "A name for logs and metrics; PaddleMIX's `chatml_dataset` also sets the format.")
+    format: Literal["llava", "chatml", "messages"] | None = key(None, "The record format; recognised from the first record without it.")
+    image_folder: str | None = key(None, "Where image paths start; without it, the data file's folder.")
+    media_roots: list[str] = key([], "Further folders that image paths may point into.")
+    split: Literal["pretrain", "train", "validation", "test"] | None = key(None, 'Which set of the demo, with data_files "demo".')
+    sampling_strategy: str = key("all", "`all`, `first:N`, `end:N`, `random:N`; N may be a percentage such as `10%`.")
+
+
+@dataclass
+class ModelFields:
+    """Which model, and which of its parameters learn."""
+
+    model_name_or_path: str = key("", 'Hub id, local Hugging Face directory, or "demo" for the embedded model.')
+    trust_remote_code: bool = key(False, "Run code that ships with a model. Only you can open this door.")
+    lora: bool = key(False, "Train a LoRA adapter on the language model instead of all its weights.")
+    lora_rank: int = key(8, "Rank of the adapter.", minimum=1)
+    lora_alpha: float = key(16, "Scale of the adapter: alpha / rank.", exclusiveMinimum=0)
+    lora_dropout: float = key(0.05, "Dropout before the adapter.", minimum=0, exclusiveMaximum=1)
+    lora_target_modules: str | list[str] | None = key(None, "Names of linear layers, or regular expressions that match whole module names; default: all linear layers of the language model.")
+    lora_path: str | None = key(None, "An adapter to continue from; its rank, alpha and targets stay.")
+    use_rslora: bool = key(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
+    use_dora: bool = key(False, "DoRA: learn magnitude and direction apart.")
+    load_in_4bit: bool = key(False, "Keep the frozen language model in 4 bits (QLoRA); needs the `quantization` extra.")
+    load_in_8bit: bool = key(False, "Keep the frozen language model in 8 bits; needs the `quantization` extra.")
+    tunable_parts: str | list[str] = key("projector,language_model", "Which of `vision_tower`, `projector`, `language_model` learn. Under LoRA the language model's part is the adapter.")
+    freeze_include: str | list[str] = key([], "Globs on parameter names; what matches stays frozen.")
+    freeze_exclude: str | list[str] = key([], "Globs on parameter names that `freeze_include` leaves alone.")
+    projector_learning_rate: float | None = key(None, "Learning rate of the projector; default: learning_rate.", minimum=0)
+    vision_tower_learning_rate: float | None = key(None, "Learning rate of the vision tower; default: learning_rate.", minimum=0)
+    vision_gradient_checkpointing: bool | None = key(None, "Recompute the vision tower's activations when it trains; default: as gradient_checkpointing.")
+    attention: Literal["auto", "sdpa"] = key("auto", "Attention backend of the packed forward pass.")
+
+
+@dataclass
+class DataFields:
+    """Which rows, and what becomes of them."""
+
+    dataset: dict[str, Any] = key({}, "`train`: a list of entries; `eval`: a list of entries.")
+    max_length: int = key(4096, "Longest row in tokens, an image counted as all of its tokens.", minimum=2)
+    too_long: Literal["drop_turns", "drop_row", "error"] = key("drop_turns", "What to do with a longer row: drop whole turns from its end, skip it, or stop.")
+    bad_rows: Literal["error", "skip"] = key("error", "What to do with a bad row (missing or broken file, wrong placeholders, nothing to learn): stop, or leave it out and list it.")
+    max_bad_rows: int | None = key(None, "With bad_rows `skip`: stop all the same above this number.", minimum=0)
+    max_image_pixels: int = key(50_000_000, "Images with more pixels are bad: their header alone is read.", minimum=1)
+    prompt_style: Literal["chatml"] = key("chatml", "How turns are written.")
+    system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else "You are a helpful assistant."; "" for none.')
+    label_policy: Literal["assistant", "llava_next", "last_turn"] = key("assistant", "Which tokens are supervised: every answer, LLaVA-NeXT's rule, or the last answer.")
+    packing: bool = key(True, "Fill micro-batches up to max_tokens_per_batch; without it, per_device_train_batch_size rows each.")
+    max_tokens_per_batch: int | None = key(None, "Tokens per micro-batch; default: per_device_train_batch_size times the mean length, never below the longest row.", minimum=1)
+    overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
+
+
+FIELD_GROUPS = (ModelFields, DataFields)

@@ -1,0 +1,164 @@
+"""The embedded demo: real digit scans composed into interleaved tasks, written as ordinary LLaVA json and PNG files.
+
+The scans are the 1,797 handwritten digits (8x8, 16 grey levels) that ship with scikit-learn, from UCI's Optical Recognition of Handwritten Digits.
+They are split by scan into training, validation and test; only training scans are rotated, shifted and scaled.
+"""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from interlace.errors import InputError
+
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
+MODEL = FOLDER / "model"
+VERSION = "1"  # raise it when the recipe below changes: files are made anew
+IMAGE_SIZE = 32
+BASE_TASKS = ("name", "name_k", "read", "text")
+NEW_TASKS = ("largest", "even", "find")
+_COUNTS = {"train": 1297, "validation": 140, "test": 360}  # scans
+_VARIANTS = {"pretrain": 16, "train": 16, "validation": 1, "test": 1}  # distorted copies of each scan
+# rows of each task
+_ROWS = {
+    "pretrain": {"name": 14_000, "name_k": 22_000, "read": 22_000, "text": 10_000},
+    "train": {"largest": 7_000, "even": 9_000, "find": 9_000, "name": 600, "name_k": 1_400, "read": 1_400, "text": 600},
+    "validation": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 200),
+    "test": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 300),
+}
+Scans = dict[int, list[int]]  # digit -> scan numbers
+
+
+def prepare() -> Path:
+    """The folder that holds `pretrain.json`, `train.json`, `validation.json`, `test.json` and their images; made on first use.
+
+    Raises:
+        InputError: scikit-learn, which ships the scans, is not installed, or this is no clone of the repository.
+    """
+    folder = FOLDER / "files"
+    if (folder / f"version-{VERSION}").is_file():
+        return folder
+    if not FOLDER.is_dir():
+        raise InputError(f"{FOLDER}: no such folder; the demo lives in a clone of the repository")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError('the demo needs scikit-learn: pip install -e ".[demo]"') from None
+    digits = load_digits()
+    scratch = Path(tempfile.mkdtemp(prefix="files-", dir=FOLDER))
+    write_files(scratch, digits.images, digits.target)
+    (scratch / f"version-{VERSION}").touch()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.rename(scratch, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(scratch)
+    return folder
+
+
+def write_files(folder: Path, images: np.ndarray, target: np.ndarray) -> None:
+    """Writes all splits: images (scans, 8, 8) with values 0 to 16, target (scans,) digits."""
+    order = random.Random("scans").sample(range(len(images)), len(images))
+    start = 0
+    (folder / "images").mkdir()
+    for split, count in tqdm(_COUNTS.items(), desc="writing the demo's images and rows", leave=False):
+        scans = order[start : start + count]
+        start += count
+        for scan in scans:
+            randomness = random.Random(f"distort {scan}")
+            for variant in range(_VARIANTS[split]):
+                draw(images[scan], randomness if variant else None).save(folder / "images" / f"{scan:04d}-{variant}.png")
+        by_digit = {digit: [scan for scan in scans if target[scan] == digit] for digit in range(10)}
+        for name in [split, "pretrain"] if split == "train" else [split]:
+            rows = list(compose(name, by_digit))
+            random.Random(f"order {name}").shuffle(rows)
+            (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+
+
+def draw(scan: np.ndarray, randomness: random.Random | None) -> PIL.Image.Image:
+    """A scan (8, 8) as an image; with `randomness` rotated by up to 12 degrees, scaled and shifted by up to 12%."""
+    image = PIL.Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8)).resize((IMAGE_SIZE, IMAGE_SIZE), PIL.Image.Resampling.BICUBIC)
+    if randomness is None:
+        return image
+    angle, scale = np.deg2rad(randomness.uniform(-12, 12)), randomness.uniform(0.88, 1.12)
+    shift = [randomness.uniform(-0.12, 0.12) * IMAGE_SIZE for _ in range(2)]
+    cosine, sine, middle = np.cos(angle) * scale, np.sin(angle) * scale, IMAGE_SIZE / 2
+    across = (cosine, -sine, middle - cosine * middle + sine * middle + shift[0])
+    down = (sine, cosine, middle - sine * middle - cosine * middle + shift[1])
+    return image.transform(image.size, PIL.Image.Transform.AFFINE, (*across, *down), PIL.Image.Resampling.BILINEAR)
+
+
+def compose(split: str, by_digit: Scans) -> Iterator[dict[str, Any]]:
+    """The rows of a split as LLaVA records."""
+    for task, count in _ROWS[split].items():
+        randomness = random.Random(f"{split} {task}")
+        for number in range(count):
+            digits, question, answer = TASKS[task](randomness)
+            files = [f"images/{randomness.choice(by_digit[digit]):04d}-{randomness.randrange(_VARIANTS[split])}.png" for digit in digits]
+            places = [f"{i + 1}: <image>\n" for i in range(len(files))] if len(files) > 1 else ["<image>\n"] * len(files)
+            yield {
+                "id": f"{split}-{task}-{number}",
+                **({"image": files} if files else {}),
+                "conversations": [{"from": "human", "value": "".join(places) + question}, {"from": "gpt", "value": answer}],
+                "metadata": {"dataset": task, "split": split},
+            }
+
+
+def _some_digits(randomness: random.Random, least: int) -> list[int]:
+    return [randomness.randrange(10) for _ in range(randomness.randint(least, 4))]
+
+
+def _name(randomness: random.Random) -> tuple[list[int], str, str]:
+    digit = randomness.randrange(10)
+    return [digit], "What digit is this?", str(digit)
+
+
+def _name_k(randomness: random.Random) -> tuple[list[int], str, str]:
+    digits = _some_digits(randomness, 2)
+    place = randomness.randrange(len(digits))
+    return digits, f"What digit is in image {place + 1}?", str(digits[place])
+
+
+def _read(randomness: random.Random) -> tuple[list[int], str, str]:
+    digits = _some_digits(randomness, 1)
+    return digits, "Read all images in order.", " ".join(map(str, digits))
+
+
+def _text(randomness: random.Random) -> tuple[list[int], str, str]:
+    """Text only: which of a few written digits stands at a place, is even, or comes next, in the words of the new tasks."""
+    digits = randomness.sample(range(10), randomness.randint(2, 4))
+    kind, place = randomness.randrange(3), randomness.randrange(len(digits))
+    listed = " ".join(map(str, digits))
+    if kind == 0:
+        return [], f"{listed}\nWhat digit is in place {place + 1}?", str(digits[place])
+    if kind == 1:
+        return [], f"Is the digit {digits[place]} even?", "no" if digits[place] % 2 else "yes"
+    return [], f"{listed}\nWhich place shows the digit {digits[place]}?", f"place {place + 1}"
+
+
+def _largest(randomness: random.Random) -> tuple[list[int], str, str]:
+    digits = _some_digits(randomness, 2)
+    return digits, "Which digit is the largest?", f"digit {max(digits)}"
+
+
+def _even(randomness: random.Random) -> tuple[list[int], str, str]:
+    digits = _some_digits(randomness, 1)
+    even = sum(digit % 2 == 0 for digit in digits)
+    return digits, "How many images show an even digit?", f"{even} of {len(digits)}"
+
+
+def _find(randomness: random.Random) -> tuple[list[int], str, str]:
+    digits = randomness.sample(range(10), randomness.randint(2, 4))
+    place = randomness.randrange(len(digits))
+    return digits, f"Which image shows the digit {digits[place]}?", f"image {place + 1}"
+
+
+TASKS = {"name": _name, "name_k": _name_k, "read": _read, "text": _text, "largest": _largest, "even": _even, "find": _find}

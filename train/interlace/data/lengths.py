@@ -1,0 +1,52 @@
+"""Lengths in expanded tokens, known without decoding, and what happens to a row that is too long."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from interlace.data.sample import BadRow
+from interlace.data.template import IGNORE_INDEX, Encoded
+
+TooLong = Literal["drop_turns", "drop_row", "error"]
+
+
+def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:
+    """Tokens of a row when each image counts as all of its tokens."""
+    return len(encoded.input_ids) - len(encoded.images) + sum(image_tokens)
+
+
+def expand(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`input_ids`, `labels`, `weights` with each image as its run of `image_token_id`, unsupervised; (expanded length,) each."""
+    repeats = np.ones(len(encoded.input_ids), np.int64)
+    repeats[encoded.input_ids == image_token_id] = image_tokens
+    return tuple(np.repeat(values, repeats) for values in (encoded.input_ids, encoded.labels, encoded.weights))  # type: ignore[return-value]
+
+
+def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_length: int, too_long: TooLong) -> tuple[Encoded, str]:
+    """The row cut to `max_length` by whole exchanges from its end, so that images stay whole and every kept answer keeps its context.
+
+    Returns:
+        The row, and what was dropped ("" if nothing).
+
+    Raises:
+        BadRow: `too_long` if even the first exchange does not fit, if what fits teaches nothing, or by policy.
+    """
+    length = expanded_length(encoded, image_tokens)
+    if length <= max_length:
+        return encoded, ""
+    if too_long != "drop_turns":
+        raise BadRow("too_long", f"{length} tokens; max_length is {max_length}")
+    is_image = encoded.input_ids == image_token_id
+    extra = np.zeros(len(encoded.input_ids), np.int64)
+    extra[is_image] = np.asarray(image_tokens) - 1
+    lengths = np.cumsum(1 + extra)
+    fitting = [end for end in encoded.exchange_ends if lengths[end - 1] <= max_length]
+    if not fitting:
+        raise BadRow("too_long", f"{length} tokens, {lengths[encoded.exchange_ends[0] - 1]} in the first exchange; max_length is {max_length}")
+    end = fitting[-1]
+    if (encoded.labels[1:end] == IGNORE_INDEX).all():
+        raise BadRow("too_long", f"{length} tokens; what fits into max_length {max_length} holds no supervised token")
+    dropped = len(encoded.exchange_ends) - len(fitting)
+    kept = Encoded(encoded.input_ids[:end], encoded.labels[:end], encoded.weights[:end], encoded.images[: int(is_image[:end].sum())], tuple(fitting))
+    return kept, f"{length} tokens; max_length is {max_length}; dropped {dropped} of {len(encoded.exchange_ends)} exchanges from the end"

@@ -1,0 +1,1 @@
+"""Using a model: generation, evaluation, metrics, chat."""

@@ -1,0 +1,1 @@
+"""From packed batches to log-probs and losses: loading, tuning, attention, forward."""

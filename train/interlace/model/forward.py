@@ -1,0 +1,151 @@
+"""Packed batch -> log-probs of the supervised rows: vision once per distinct image, segment attention, `lm_head` on those rows only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from interlace.data.batch import PackedBatch, Segment
+from interlace.model import attention
+from interlace.model.families import family_of
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What the model says of the N supervised rows: `log_probs` (N,) of the targets, float32; `is_top1` (N,) whether the target was the best guess."""
+
+    log_probs: torch.Tensor
+    is_top1: torch.Tensor
+
+
+class FrozenTower:
+    """A vision tower that never trains, kept outside the module that is wrapped for distributed training.
+
+    Args:
+        model: a model of a known family; its tower is taken out of it.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.family, self.config = family_of(model.config), model.config
+        self.module: nn.Module = getattr(model.model, self.family.vision_tower)
+        self.module.requires_grad_(False).eval()
+        self.detach_from(model)
+
+    def detach_from(self, model: PreTrainedModel) -> None:
+        """Takes the tower out of the model; `attach_to` undoes it."""
+        setattr(model.model, self.family.vision_tower, None)
+
+    def attach_to(self, model: PreTrainedModel) -> None:
+        """Puts the tower back, for saving a complete model."""
+        setattr(model.model, self.family.vision_tower, self.module)
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(K, channels, height, width) -> (K, tokens, width) before the projector; no graph."""
+        parameter = next(self.module.parameters())
+        if parameter.device != pixel_values.device:
+            self.module.to(pixel_values.device)
+        return self.family.features(self.config, self.module, pixel_values.to(parameter.dtype))
+
+
+class PackedModel(nn.Module):
+    """The part of a vision-language model that is wrapped for training: everything, except a frozen vision tower.
+
+    Args:
+        model: a Hugging Face model of a known family, with adapters injected if any; its tower may have been taken out.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.family = family_of(model.config)
+        self.vision_checkpointing = False
+        model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+
+    @property
+    def tower(self) -> nn.Module | None:
+        """The vision tower, if it is part of this module."""
+        return getattr(self.model.model, self.family.vision_tower)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Recomputes the language model's activations in the backward pass; called by the Trainer. Never touches a frozen tower."""
+        language_model = getattr(self.model.model, self.family.language_model)
+        language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=activation_checkpointing_kwargs or {"use_reentrant": False})
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        image_index: torch.Tensor,
+        image_positions: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> RowScores:
+        """Scores the supervised rows of one `PackedBatch` (its fields; see there for shapes).
+
+        Args:
+            image_features: (K, tokens, vision width) from a frozen tower, in place of `pixel_values`.
+        """
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        embeddings = self._place_images(embeddings, image_index, image_positions, pixel_values, image_features)
+        language_model = getattr(self.model.model, self.family.language_model)
+        hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=segments).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[0, rows]).float()
+        log_probs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        return RowScores(log_probs, logits.argmax(1) == targets)
+
+    def _place_images(
+        self,
+        embeddings: torch.Tensor,
+        image_index: torch.Tensor,
+        image_positions: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        projector = getattr(self.model.model, self.family.projector)
+        if pixel_values is None and image_features is None:
+            # Every rank must call the same modules: a text-only batch sends one zero row (or one blank image) through, at zero weight.
+            features = self._tower_features(self._blank_image(embeddings)) if self.tower is not None else self._zero_row(embeddings)
+            return embeddings + 0 * projector(features).sum().to(embeddings.dtype)
+        features = self._tower_features(pixel_values) if image_features is None else image_features
+        projected = projector(features.to(self._dtype(projector)))
+        filled = projected[image_index].flatten(0, 1).to(embeddings.dtype)
+        return embeddings.index_copy(1, image_positions, filled[None])
+
+    def _tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        assert self.tower is not None
+        pixels = pixel_values.to(self._dtype(self.tower))
+        if self.vision_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.family.features, self.config, self.tower, pixels, use_reentrant=False)
+        return self.family.features(self.config, self.tower, pixels)
+
+    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
+        vision = self.config.vision_config
+        return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=like.device)
+
+    def _zero_row(self, like: torch.Tensor) -> torch.Tensor:
+        projector = getattr(self.model.model, self.family.projector)
+        layers = self.config.vision_feature_layer
+        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        return torch.zeros(1, 1, width, device=like.device, dtype=self._dtype(projector))
+
+    @staticmethod
+    def _dtype(module: nn.Module) -> torch.dtype:
+        return next(parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
+
+
+def model_inputs(batch: PackedBatch, tower: FrozenTower | None) -> dict[str, Any]:
+    """The keyword arguments of `PackedModel.forward` for a batch; a frozen tower runs here."""
+    images: dict[str, Any] = {"pixel_values": batch.pixel_values}
+    if tower is not None and batch.pixel_values is not None:
+        images = {"image_features": tower.features(batch.pixel_values)}
+    names = ("input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions")
+    return {**{name: getattr(batch, name) for name in names}, **images}

@@ -1,0 +1,205 @@
+"""Which parameters learn, and how fast: parts, freezing, LoRA, learning rates."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from interlace.errors import InputError
+from interlace.model.families import family_of, part_of, unused_vision_parameters
+from interlace.model.forward import FrozenTower, PackedModel
+
+PARTS = ("vision_tower", "projector", "language_model")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of a new adapter; see the argument keys of the same names."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Sequence[str] | None
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model ready to train: `packed` is what gets wrapped; `tower` the frozen tower outside of it, or None if it trains; `peft` the adapter, or None."""
+
+    packed: PackedModel
+    tower: FrozenTower | None
+    peft: PeftModel | None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The Hugging Face model inside."""
+        return self.packed.model
+
+    def part_table(self) -> list[tuple[str, int, int]]:
+        """(part, parameters, trainable parameters) for each part and the adapter."""
+        part = part_of(self.base)
+        counts = {name: [0, 0] for name in (*PARTS, "adapter")}
+        named = list(self.base.named_parameters())
+        if self.tower is not None:
+            named += [(f"model.{self.packed.family.vision_tower}.{name}", parameter) for name, parameter in self.tower.module.named_parameters()]
+        for name, parameter in named:
+            if ".original_module." in name:
+                continue
+            key = "adapter" if "lora_" in name else part(name)
+            size = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+            counts[key][0] += size
+            counts[key][1] += size if parameter.requires_grad else 0
+        return [(name, total, trainable) for name, (total, trainable) in counts.items() if total]
+
+
+def tune(
+    model: PreTrainedModel,
+    tunable_parts: Sequence[str],
+    lora: Lora | None,
+    lora_path: str | None,
+    freeze_include: Sequence[str] = (),
+    freeze_exclude: Sequence[str] = (),
+    compute_dtype: torch.dtype = torch.float32,
+) -> TunedModel:
+    """Sets what learns; what learns is kept in float32, the rest in `compute_dtype`.
+
+    Args:
+        lora: a new adapter on the language model; None for full tuning, or when `lora_path` continues one.
+        freeze_include, freeze_exclude: globs on names in `model`; what matches the first and not the second stays frozen.
+
+    Raises:
+        InputError: an unknown part, a pattern that matches nothing, or nothing left to train.
+    """
+    unknown = [part for part in tunable_parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"tunable_parts: {', '.join(unknown)}: unknown; expected some of {', '.join(PARTS)}")
+    family, part = family_of(model.config), part_of(model)
+    frozen = _frozen_names(model, freeze_include, freeze_exclude)
+    tower = FrozenTower(model) if "vision_tower" not in tunable_parts else None
+    model.requires_grad_(False)
+    peft = None
+    if lora is not None or lora_path is not None:
+        whole = [getattr(family, name) for name in ("projector", "vision_tower") if name in tunable_parts]
+        peft = _continue_adapter(model, lora_path) if lora_path else _new_adapter(model, lora, whole)
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+        if peft is not None and part(name) == "language_model":
+            learns = "lora_" in name and "language_model" in tunable_parts
+        else:
+            learns = part(name) in tunable_parts and ".original_module." not in name
+        parameter.requires_grad_(learns and plain not in frozen and parameter.dtype.is_floating_point)
+    if tower is None:
+        module = getattr(model.model, family.vision_tower)
+        unused = set(unused_vision_parameters(model.config, module))
+        for name, parameter in module.named_parameters():
+            if name.replace("modules_to_save.default.", "").replace("original_module.", "") in unused:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("nothing is left to train: check tunable_parts and freeze_include")
+    for parameter in [*model.parameters(), *([] if tower is None else tower.module.parameters())]:
+        if parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    return TunedModel(PackedModel(model), tower, peft)
+
+
+def _frozen_names(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    names = [name for name, _ in model.named_parameters()]
+    for key, patterns in (("freeze_include", include), ("freeze_exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"{key}: {pattern!r} matches no parameter; names look like {names[0]!r} and {names[-1]!r}")
+    matched = {name for pattern in include for name in fnmatch.filter(names, pattern)}
+    return matched - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+
+
+def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[str]:
+    """Full names of the linear layers an adapter goes on.
+
+    Args:
+        targets: names of layers (`q_proj`) or regular expressions that match whole module names; None for all linear layers of the language model.
+            Only the language model is searched, unless the vision tower or the projector is written out in a pattern.
+
+    Raises:
+        InputError: a target that matches no linear layer, or no regular expression.
+    """
+    family, part = family_of(model.config), part_of(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    inside = [name for name in linear if part(name) == "language_model"]
+    if targets is None:
+        return inside
+    found: dict[str, None] = {}
+    for target in targets:
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise InputError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
+        written_out = family.vision_tower in target or family.projector in target
+        matches = [name for name in (linear if written_out else inside) if pattern.fullmatch(name) or name.endswith(f".{target}")]
+        if not matches:
+            raise InputError(f"lora_target_modules: {target!r} matches no linear layer; names look like {inside[0]!r}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def target_pattern(names: Iterable[str]) -> str:
+    """One regular expression that matches exactly these module names, layer numbers folded together."""
+    by_form: dict[str, set[str]] = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        form = name if number is None else f"{name[: number.start(1)]}#{name[number.end(1) :]}"
+        by_form.setdefault(form, set()).add(number.group(1) if number else "")
+    pieces = []
+    for form, numbers in by_form.items():
+        choice = "|".join(sorted(numbers, key=int)) if "#" in form else ""
+        pieces.append(re.escape(form).replace(r"\#", f"(?:{choice})"))
+    return "|".join(pieces)
+
+
+def _new_adapter(model: PreTrainedModel, lora: Lora | None, whole: list[str]) -> PeftModel:
+    assert lora is not None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=target_pattern(lora_targets(model, lora.targets)),
+        modules_to_save=whole or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def _continue_adapter(model: PreTrainedModel, path: str | None) -> PeftModel:
+    assert path is not None
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise InputError(f"lora_path: {path}: no adapter_config.json in this folder")
+    return PeftModel.from_pretrained(model, path, is_trainable=True)
+
+
+def parameter_groups(
+    tuned: TunedModel, decays: Callable[[str], bool], weight_decay: float, learning_rate: float, rates: dict[str, float | None]
+) -> list[dict[str, object]]:
+    """Optimizer groups: one per part and weight decay, with the part's learning rate.
+
+    Args:
+        decays: whether a parameter of `tuned.packed` decays, by name (biases and norms do not).
+        rates: part -> its own learning rate, or None for `learning_rate`.
+    """
+    part = part_of(tuned.base)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in tuned.packed.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part(name), decays(name)), []).append(parameter)
+    result: list[dict[str, object]] = []
+    for (name, decay), parameters in groups.items():
+        rate = rates.get(name)
+        result.append({"params": parameters, "weight_decay": weight_decay if decay else 0.0, "lr": learning_rate if rate is None else rate, "part": name})
+    return result

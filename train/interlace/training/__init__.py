@@ -1,0 +1,1 @@
+"""Training runs: the trainers, checkpoints, tracking."""

@@ -1,0 +1,193 @@
+"""Supervised fine-tuning, from checked arguments to a folder with the result."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from interlace.arguments import Arguments, is_main_process, list_value, without_secrets
+from interlace.data.dataset import Row, RowReader, load_rows
+from interlace.data.ledger import Ledger
+from interlace.data.packing import Plan, token_budget
+from interlace.errors import InputError
+from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
+from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.training.checkpoint import check_output_dir, clear_run, find_resume, finished_steps
+from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
+from interlace.training.trainer import PackedTrainer, PlannedRows
+
+
+def finetune(arguments: Arguments) -> None:
+    """Trains and saves; see DESIGN's output_dir for what is left behind.
+
+    Raises:
+        InputError: something in the arguments or the data is wrong; nothing has been written then.
+    """
+    output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
+    if is_main_process():
+        check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"])
+    resume = find_resume(output_dir, arguments["resume_from_checkpoint"])
+    args = training_arguments(arguments)
+    processing = load_processing(path, arguments["system_prompt"], arguments["label_policy"], arguments["trust_remote_code"])
+    reader = row_reader(arguments, processing)
+    rows, ledger = load_rows(arguments["dataset"]["train"], reader, arguments, args.seed, args.process_index == 0)
+    train = PlannedRows(rows, training_plan(rows, arguments, args))
+    evaluation = evaluation_rows(arguments, reader, args)
+    total_steps = args.max_steps if args.max_steps > 0 else -(-train.plan.steps_per_epoch * args.num_train_epochs // 1)
+    if arguments["resume_from_checkpoint"] is True and finished_steps(output_dir) >= total_steps:
+        say(f"{output_dir}: this run is finished ({finished_steps(output_dir)} steps); nothing to do")
+        return
+    if arguments["resume_from_checkpoint"] is True and resume is None:
+        say(f"{output_dir}: no complete checkpoint yet; starting afresh")
+    tuned = load_tuned_model(path, arguments, args)
+    describe(tuned, train, ledger, args)
+    if args.process_index == 0:
+        prepare_output(output_dir, arguments, ledger)
+    rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
+    tracker = ArgumentsToTracker(without_secrets(arguments))
+    trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
+    tuned.packed.vision_checkpointing = _vision_checkpointing(arguments)
+    result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        copy_licence(path, output_dir)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
+        report(trainer, output_dir, result.metrics)
+
+
+def say(text: str) -> None:
+    """Prints a line on the main process, above any progress bar."""
+    if is_main_process():
+        tqdm.write(text)
+
+
+def training_arguments(arguments: Arguments) -> TrainingArguments:
+    """Hugging Face's part of the arguments; falls back to the CPU, and says so, where there is no accelerator.
+
+    Raises:
+        InputError: a combination that transformers refuses, or float16 without a GPU.
+    """
+    names = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
+    values: dict[str, Any] = {name: value for name, value in arguments.items() if name in names and name != "resume_from_checkpoint"}
+    if not values["use_cpu"] and not torch.accelerator.is_available():
+        values["use_cpu"] = True
+        say("no accelerator found: training on the CPU")
+    if values["use_cpu"] and values["fp16"]:
+        raise InputError("fp16 needs a GPU; on a CPU use bf16 or neither")
+    checkpointing = values.pop("activation_checkpointing")  # gradient_checkpointing is the older name of the same
+    values["activation_checkpointing"] = values.pop("gradient_checkpointing") if checkpointing is None else checkpointing
+    settings = values.pop("gradient_checkpointing_kwargs")
+    values["activation_checkpointing_kwargs"] = values["activation_checkpointing_kwargs"] or settings or {"use_reentrant": False}
+    if values["dataloader_num_workers"] == 0:
+        values["dataloader_persistent_workers"] = False
+    transformers.logging.set_verbosity_error()
+    try:
+        args = TrainingArguments(**values)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"the arguments do not go together: {error}") from error
+    args.do_train = True
+    return args
+
+
+def row_reader(arguments: Arguments, processing: Processing) -> RowReader:
+    """The reader that `max_length`, `too_long` and `max_image_pixels` describe."""
+    return RowReader(processing.template, processing.image_tokens, arguments["max_length"], arguments["too_long"], arguments["max_image_pixels"])
+
+
+def training_plan(rows: Sequence[Row], arguments: Arguments, args: TrainingArguments) -> Plan:
+    """The plan of the run's epochs for this world size."""
+    lengths = [row.length for row in rows]
+    budget = token_budget(lengths, args.per_device_train_batch_size, arguments["max_tokens_per_batch"])
+    exact = None if arguments["packing"] else args.per_device_train_batch_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    accumulation, epochs = args.gradient_accumulation_steps, -(-args.num_train_epochs // 1)
+    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation)
+    if args.max_steps > 0:
+        epochs = -(-args.max_steps // plan.steps_per_epoch)
+        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation)
+    return plan
+
+
+def evaluation_rows(arguments: Arguments, reader: RowReader, args: TrainingArguments) -> PlannedRows | None:
+    """The rows of `dataset.eval` in order, planned in one epoch; None if there are none."""
+    entries = arguments["dataset"].get("eval")
+    if not entries:
+        return None
+    rows, ledger = load_rows(entries, reader, arguments, args.seed, args.process_index == 0)
+    say(f"evaluation: {ledger.summary()}")
+    lengths = [row.length for row in rows]
+    budget = token_budget(lengths, args.per_device_eval_batch_size, None)
+    return PlannedRows(rows, Plan(lengths, lengths, budget, None, 1, 0, args.world_size, shuffle=False))
+
+
+def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -> TunedModel:
+    """The model with what learns set: full or LoRA, quantised or not."""
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    bits = quantization(arguments["load_in_4bit"], arguments["load_in_8bit"], compute)
+    model = load_model(path, compute if arguments["lora"] else torch.float32, bits, arguments["trust_remote_code"])
+    targets = arguments["lora_target_modules"]
+    lora = Lora(
+        arguments["lora_rank"],
+        arguments["lora_alpha"],
+        arguments["lora_dropout"],
+        None if targets is None else list_value(targets),
+        arguments["use_dora"],
+        arguments["use_rslora"],
+    )
+    torch.manual_seed(args.seed)
+    parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
+    wanted = lora if arguments["lora"] and not arguments["lora_path"] else None
+    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, compute)
+
+
+def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:
+    """Says what will be trained, on what, in how many steps."""
+    if args.process_index:
+        return
+    rows = [(name, f"{total:,}", f"{trainable:,}") for name, total, trainable in tuned.part_table()]
+    totals = ("total", *(f"{sum(row[i] for row in tuned.part_table()):,}" for i in (1, 2)))  # type: ignore[misc]
+    print_table("parameters", [("part", "total", "trainable"), *rows, totals])
+    plan, tokens = train.plan, sum(row.length for row in train.rows)
+    say(f"\ntraining: {ledger.summary()}")
+    say(
+        f"plan: {plan.steps_per_epoch:,} steps per epoch, {plan.world_size * plan.accumulation} micro-batches each, at most {plan.budget:,} tokens per micro-batch "
+        f"({tokens / plan.batches_per_epoch / plan.budget:.0%} used), {len(train.rows) / plan.steps_per_epoch:.1f} rows per step\n"
+    )
+
+
+def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger) -> None:
+    """Writes the records that stand before the first step."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if arguments["overwrite_output_dir"]:
+        clear_run(output_dir)
+    write_json(output_dir / "arguments.json", without_secrets(arguments))
+    write_json(output_dir / "environment.json", environment())
+    ledger.write(output_dir / "ledger.json")
+
+
+def _vision_checkpointing(arguments: Arguments) -> bool:
+    own = arguments["vision_gradient_checkpointing"]
+    return bool(arguments["gradient_checkpointing"] if own is None else own)
+
+
+def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) -> None:
+    """The table at the end, and where everything is."""
+    history = trainer.state.log_history
+    last = {name: value for entry in history for name, value in entry.items()}
+    figures = [("steps", f"{trainer.state.global_step:,}"), ("minutes", f"{metrics['train_runtime'] / 60:.1f}"), ("mean training loss", f"{metrics['train_loss']:.4f}")]
+    names = (("loss", "last loss"), ("token_accuracy", "last token accuracy"), ("eval_loss", "evaluation loss"), ("eval_token_accuracy", "evaluation token accuracy"))
+    figures += [(label, f"{last[name]:.4f}") for name, label in names if name in last]
+    speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
+    figures += [("tokens/s (median)", f"{sorted(speeds)[len(speeds) // 2]:,.0f}")] if speeds else []
+    print_table("result", [("", ""), *figures])
+    say(f"\n  model, processor, chat template  {output_dir}")
+    say(f"  curves                           {output_dir / 'training_curves.png'}")
+    say(f"  every row accounted for          {output_dir / 'ledger.json'}")
+    say(f"  talk to it                       python train/predict_multiround.py --model-path {output_dir}")
