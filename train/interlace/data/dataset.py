@@ -113,11 +113,8 @@ def admit(outcomes: Iterable[Outcome], too_long: TooLong, bad_rows: Literal["err
     for outcome in outcomes:
         if outcome.row is not None:
             rows.append(outcome.row)
-        if outcome.entry is None:
-            ledger.add_trained()
-            continue
-        ledger.add(outcome.entry)
-        if outcome.entry.status == "skipped" and (outcome.entry.reason != "too_long" or too_long == "error"):
+        ledger.count(outcome.entry)
+        if outcome.entry is not None and outcome.entry.status == "skipped" and (outcome.entry.reason != "too_long" or too_long == "error"):
             bad.append(outcome.entry)
     allowed = 0 if bad_rows == "error" else max_bad_rows
     fatal = bad if allowed is not None and len(bad) > allowed else [entry for entry in bad if entry.reason == "too_long"]

@@ -30,19 +30,17 @@ class Ledger:
     skipped: int = 0
     entries: list[Entry] = field(default_factory=list)
 
-    def add_trained(self) -> None:
-        """Counts a row that is trained as it is."""
+    def count(self, entry: Entry | None) -> None:
+        """Counts one row: trained as it is (None), or shortened or skipped as its entry says."""
         self.rows += 1
-        self.trained += 1
-
-    def add(self, entry: Entry) -> None:
-        """Counts a shortened or skipped row and keeps its entry."""
-        self.rows += 1
+        if entry is None:
+            self.trained += 1
+            return
+        self.entries.append(entry)
         if entry.status == "shortened":
             self.shortened += 1
         else:
             self.skipped += 1
-        self.entries.append(entry)
 
     def summary(self) -> str:
         """One line: totals, and the reasons with their counts."""

@@ -85,6 +85,7 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     values["activation_checkpointing"] = values.pop("gradient_checkpointing") if checkpointing is None else checkpointing
     settings = values.pop("gradient_checkpointing_kwargs")
     values["activation_checkpointing_kwargs"] = values["activation_checkpointing_kwargs"] or settings or {"use_reentrant": False}
+    values["disable_tqdm"] = bool(values["disable_tqdm"])
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
     transformers.logging.set_verbosity_error()

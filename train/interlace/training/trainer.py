@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
 from interlace.data.batch import Collator, NumberedRows, PackedBatch
@@ -57,8 +58,7 @@ class PackedTrainer(Trainer):
         super().__init__(model=tuned.packed, args=args, train_dataset=placeholder, eval_dataset=placeholder if evaluation else None, callbacks=callbacks)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the whole step's token weight
         if not args.disable_tqdm:
-            bar = self.pop_callback(self.callback_handler.callbacks[-1].__class__)
-            assert bar is not None
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
         # supervised tokens, right guesses among them, tokens, images since the last log
         self._counts = torch.zeros(4, dtype=torch.float64)

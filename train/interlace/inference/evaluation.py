@@ -1,0 +1,102 @@
+"""Predictions for data with references, and their scores."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from interlace.data.dataset import Outcome, RowReader, admit
+from interlace.data.sample import Image, Part, Turn
+from interlace.data.sources import read_entries
+from interlace.errors import InputError
+from interlace.inference.generation import Generator
+from interlace.inference.metrics import score
+
+
+def read_questions(entry: dict[str, Any], generator: Generator, max_length: int, max_image_pixels: int) -> list[Outcome]:
+    """The checked rows of a dataset entry, each with a reference answer.
+
+    Raises:
+        InputError: bad rows, listed with file and index.
+    """
+    processing = generator.processing
+    reader = RowReader(processing.template, processing.image_tokens, max_length, "error", max_image_pixels)
+    outcomes = list(reader.read_all(read_entries([entry], 0), show_progress=True))
+    admit(outcomes, "error", "error", None)
+    return outcomes
+
+
+def question_of(outcome: Outcome) -> tuple[list[Turn], str]:
+    """The conversation before the last answer, its images as absolute paths; and that answer, the reference."""
+    assert outcome.sample is not None and outcome.row is not None
+    paths = iter(outcome.row.image_paths)
+    turns = [Turn(turn.role, tuple(_located(part, paths) for part in turn.parts), turn.weight) for turn in outcome.sample.turns]
+    return turns[:-1], turns[-1].text
+
+
+def _located(part: Part, paths: Any) -> Part:
+    return Image(next(paths)) if isinstance(part, Image) else part
+
+
+def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Greedy answers: one `{id, prediction, reference, metadata}` per row, in order; rows of like length share a batch."""
+    by_length = sorted(range(len(outcomes)), key=lambda i: outcomes[i].row.length)  # type: ignore[union-attr]
+    predictions: list[dict[str, Any]] = [{} for _ in outcomes]
+    with tqdm(total=len(outcomes), desc="generating", unit="row", leave=False) as bar:
+        for start in range(0, len(outcomes), batch_size):
+            numbers = by_length[start : start + batch_size]
+            questions = [question_of(outcomes[i]) for i in numbers]
+            answers = generator.answer([turns for turns, _ in questions], max_new_tokens)
+            for i, (_, reference), answer in zip(numbers, questions, answers, strict=True):
+                sample, record = outcomes[i].sample, outcomes[i].record
+                assert sample is not None
+                metadata = {"dataset": Path(record.file).stem, **sample.metadata, "num_images": len(sample.images)}
+                predictions[i] = {"id": sample.identifier or f"{record.file}:{record.index}", "prediction": answer, "reference": reference, "metadata": metadata}
+            bar.update(len(numbers))
+    return predictions
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Reads `predictions.jsonl`.
+
+    Raises:
+        InputError: missing, broken, or without the four keys.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number}: {error.msg}") from None
+        if not isinstance(row, dict) or not {"id", "prediction", "reference", "metadata"} <= set(row):
+            raise InputError(f"{path}: line {number}: expected an object with id, prediction, reference and metadata")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no predictions")
+    return rows
+
+
+def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Writes `predictions.jsonl` and `metrics.json`; returns the metrics."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in predictions]
+    (output_dir / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    metrics = score(predictions)
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return metrics
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The metrics as aligned lines of text."""
+    rows = [("overall", metrics["overall"])]
+    rows += [(f"  {name}", value) for name, value in metrics["datasets"].items()]
+    rows += [(f"  {name} image{'' if name == '1' else 's'}", value) for name, value in metrics["num_images"].items()]
+    return "\n".join(f"{name:24s} {value['score']:7.1%}  of {value['count']:,}" for name, value in rows)
