@@ -10,7 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", help='model or adapter folder, hub id, or "demo"')
     parser.add_argument("--data-files", nargs="+", metavar="F", help='files in any training format, or "demo"')
-    parser.add_argument("--split", choices=("train", "validation", "test"), help='which set of the demo, with --data-files demo')
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="which set of the demo, with --data-files demo")
     parser.add_argument("--image-folder", metavar="D", help="where image paths start; default: the data file's folder")
     parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl and metrics.json")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these predictions; needs no model")

@@ -1,7 +1,7 @@
 """Writes the demo's untrained model: a tiny LLaVA (SigLIP-style tower, projector, Qwen2) with a tokenizer learned from the demo's own words.
 
-    PYTHONPATH=train python data/demo/make_model.py data/demo/untrained
-    python train/supervised_finetune.py configs/demo/pretrain_argument.json
+PYTHONPATH=train python data/demo/make_model.py data/demo/untrained
+python train/supervised_finetune.py configs/demo/pretrain_argument.json
 """
 
 import argparse
@@ -44,13 +44,13 @@ def make_tokenizer() -> Qwen2TokenizerFast:
 
 
 def make_config(tokenizer: Qwen2TokenizerFast) -> LlavaConfig:
-    """Two vision layers and three text layers: 4 tokens per image of 32 x 32 pixels."""
+    """Two vision layers and four text layers: 4 tokens per image of 32 x 32 pixels."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,

@@ -38,13 +38,17 @@ class ModelFields:
     lora_rank: int = key(8, "Rank of the adapter.", minimum=1)
     lora_alpha: float = key(16, "Scale of the adapter: alpha / rank.", exclusiveMinimum=0)
     lora_dropout: float = key(0.05, "Dropout before the adapter.", minimum=0, exclusiveMaximum=1)
-    lora_target_modules: str | list[str] | None = key(None, "Names of linear layers, or regular expressions that match whole module names; default: all linear layers of the language model.")
+    lora_target_modules: str | list[str] | None = key(
+        None, "Names of linear layers, or regular expressions that match whole module names; default: all linear layers of the language model."
+    )
     lora_path: str | None = key(None, "An adapter to continue from; its rank, alpha and targets stay.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
     use_dora: bool = key(False, "DoRA: learn magnitude and direction apart.")
     load_in_4bit: bool = key(False, "Keep the frozen language model in 4 bits (QLoRA); needs the `quantization` extra.")
     load_in_8bit: bool = key(False, "Keep the frozen language model in 8 bits; needs the `quantization` extra.")
-    tunable_parts: str | list[str] = key("projector,language_model", "Which of `vision_tower`, `projector`, `language_model` learn. Under LoRA the language model's part is the adapter.")
+    tunable_parts: str | list[str] = key(
+        "projector,language_model", "Which of `vision_tower`, `projector`, `language_model` learn. Under LoRA the language model's part is the adapter."
+    )
     freeze_include: str | list[str] = key([], "Globs on parameter names; what matches stays frozen.")
     freeze_exclude: str | list[str] = key([], "Globs on parameter names that `freeze_include` leaves alone.")
     projector_learning_rate: float | None = key(None, "Learning rate of the projector; default: learning_rate.", minimum=0)
@@ -60,14 +64,20 @@ class DataFields:
     dataset: dict[str, Any] = key({}, "`train`: a list of entries; `eval`: a list of entries.")
     max_length: int = key(4096, "Longest row in tokens, an image counted as all of its tokens.", minimum=2)
     too_long: Literal["drop_turns", "drop_row", "error"] = key("drop_turns", "What to do with a longer row: drop whole turns from its end, skip it, or stop.")
-    bad_rows: Literal["error", "skip"] = key("error", "What to do with a bad row (missing or broken file, wrong placeholders, nothing to learn): stop, or leave it out and list it.")
+    bad_rows: Literal["error", "skip"] = key(
+        "error", "What to do with a bad row (missing or broken file, wrong placeholders, nothing to learn): stop, or leave it out and list it."
+    )
     max_bad_rows: int | None = key(None, "With bad_rows `skip`: stop all the same above this number.", minimum=0)
     max_image_pixels: int = key(50_000_000, "Images with more pixels are bad: their header alone is read.", minimum=1)
     prompt_style: Literal["chatml"] = key("chatml", "How turns are written.")
     system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else "You are a helpful assistant."; "" for none.')
-    label_policy: Literal["assistant", "llava_next", "last_turn"] = key("assistant", "Which tokens are supervised: every answer, LLaVA-NeXT's rule, or the last answer.")
+    label_policy: Literal["assistant", "llava_next", "last_turn"] = key(
+        "assistant", "Which tokens are supervised: every answer, LLaVA-NeXT's rule, or the last answer."
+    )
     packing: bool = key(True, "Fill micro-batches up to max_tokens_per_batch; without it, per_device_train_batch_size rows each.")
-    max_tokens_per_batch: int | None = key(None, "Tokens per micro-batch; default: per_device_train_batch_size times the mean length, never below the longest row.", minimum=1)
+    max_tokens_per_batch: int | None = key(
+        None, "Tokens per micro-batch; default: per_device_train_batch_size times the mean length, never below the longest row.", minimum=1
+    )
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
 
 

@@ -1,11 +1,13 @@
 """What Interlace says about Hugging Face's `TrainingArguments`: one line of help and the limits per key, and the keys it cannot honour."""
 
+from collections.abc import Mapping
+
 AT_LEAST_ZERO = {"minimum": 0}
 AT_LEAST_ONE = {"minimum": 1}
 SCHEDULES = ("no", "steps", "epoch")
 
 # key -> (help, JSON Schema limits)
-HUGGING_FACE_KEYS: dict[str, tuple[str, dict[str, object]]] = {
+HUGGING_FACE_KEYS: dict[str, tuple[str, Mapping[str, object]]] = {
     "output_dir": ("Where the model, its records and the checkpoints go.", {}),
     "per_device_train_batch_size": ("Rows per micro-batch and device, on average when packing.", AT_LEAST_ONE),
     "num_train_epochs": ("Passes over the training rows.", {"exclusiveMinimum": 0}),

@@ -64,7 +64,7 @@ def dataclass_properties(owner: type) -> dict[str, Any]:
     """JSON Schema properties of our own dataclass, with default, help and limits from its metadata."""
     hints, properties = typing.get_type_hints(owner), {}
     for item in dataclasses.fields(owner):
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc, operator]
         limits = {name: value for name, value in item.metadata.items() if name != "help"}
         properties[item.name] = {**type_schema(hints[item.name]), "default": default, "description": item.metadata["help"], **limits}
     return properties
@@ -79,7 +79,7 @@ def training_properties() -> dict[str, Any]:
         if not item.init:
             continue
         help_text, limits = HUGGING_FACE_KEYS[item.name]
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc, operator]
         default = DEFAULTS.get(item.name, default.value if isinstance(default, enum.Enum) else default)
         choices = item.metadata.get("choices")
         schema = type_schema(hints[item.name])

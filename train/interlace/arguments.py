@@ -77,13 +77,15 @@ def split_words(words: list[str]) -> tuple[list[str], dict[str, str], list[str]]
 
 
 def override_value(spec: Mapping[str, Any], text: str) -> Any:
-    """A command line value: as it stands for a string key, else as JSON, else (where a string is also allowed) as it stands."""
-    if spec.get("type") == "string":
+    """A command line value: as it stands for a string key, else read as JSON, else (where a string is allowed too) as it stands."""
+    types = spec.get("type", [])
+    if types == "string":
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return text
+    return text if "string" in types and json_type(value) not in types else value
 
 
 def read_json(path: Path, problems: list[str]) -> Any:
@@ -152,7 +154,9 @@ def check_value(name: str, value: Any, spec: Mapping[str, Any]) -> list[str]:
         return _check_range(name, value, spec)
     if actual == "array":
         problems = [f"{name}: expected at least {spec['minItems']} entry, got none"] if len(value) < spec.get("minItems", 0) else []
-        return problems + [problem for i, item in enumerate(value) for problem in check_value(f"{name}[{i}]", item, spec.get("items", {"type": [json_type(item)]}))]
+        return problems + [
+            problem for i, item in enumerate(value) for problem in check_value(f"{name}[{i}]", item, spec.get("items", {"type": [json_type(item)]}))
+        ]
     if actual == "object" and "properties" in spec:
         problems = [f"{name}.{missing}: missing; it is required" for missing in spec.get("required", []) if missing not in value]
         for inner, item in value.items():

@@ -57,7 +57,7 @@ class PackedBatch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
         tensors = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+        return dataclasses.replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)})  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on another device."""

@@ -137,5 +137,3 @@ def load_rows(entries: list[Mapping[str, Any]], reader: RowReader, data: Mapping
 def distinct_images(rows: Iterable[Row]) -> list[str]:
     """Every image path of some rows once, in order of first use."""
     return list(dict.fromkeys(path for row in rows for path in row.image_paths))
-
-

@@ -5,7 +5,6 @@ They are split by scan into training, validation and test; only training scans a
 """
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from interlace.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
 MODEL = FOLDER / "model"
-VERSION = "1"  # raise it when the recipe below changes: files are made anew
+VERSION = "2"  # raise it when the recipe below changes: files are made anew
 IMAGE_SIZE = 32
 BASE_TASKS = ("name", "name_k", "read", "text")
 NEW_TASKS = ("largest", "even", "find")
@@ -34,6 +33,7 @@ _ROWS = {
     "validation": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 200),
     "test": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 300),
 }
+LETTERS = "ABCD"
 Scans = dict[int, list[int]]  # digit -> scan numbers
 
 
@@ -58,7 +58,7 @@ def prepare() -> Path:
     (scratch / f"version-{VERSION}").touch()
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        os.rename(scratch, folder)
+        scratch.rename(folder)
     except OSError:  # another process was faster
         shutil.rmtree(scratch)
     return folder
@@ -103,7 +103,7 @@ def compose(split: str, by_digit: Scans) -> Iterator[dict[str, Any]]:
         for number in range(count):
             digits, question, answer = TASKS[task](randomness)
             files = [f"images/{randomness.choice(by_digit[digit]):04d}-{randomness.randrange(_VARIANTS[split])}.png" for digit in digits]
-            places = [f"{i + 1}: <image>\n" for i in range(len(files))] if len(files) > 1 else ["<image>\n"] * len(files)
+            places = [f"Image {LETTERS[i]}: <image>\n" for i in range(len(files))] if len(files) > 1 else ["<image>\n"] * len(files)
             yield {
                 "id": f"{split}-{task}-{number}",
                 **({"image": files} if files else {}),
@@ -124,7 +124,7 @@ def _name(randomness: random.Random) -> tuple[list[int], str, str]:
 def _name_k(randomness: random.Random) -> tuple[list[int], str, str]:
     digits = _some_digits(randomness, 2)
     place = randomness.randrange(len(digits))
-    return digits, f"What digit is in image {place + 1}?", str(digits[place])
+    return digits, f"What digit is in image {LETTERS[place]}?", str(digits[place])
 
 
 def _read(randomness: random.Random) -> tuple[list[int], str, str]:
@@ -133,15 +133,15 @@ def _read(randomness: random.Random) -> tuple[list[int], str, str]:
 
 
 def _text(randomness: random.Random) -> tuple[list[int], str, str]:
-    """Text only: which of a few written digits stands at a place, is even, or comes next, in the words of the new tasks."""
+    """Text only, in the words of the other tasks: what stands at a place, where a digit stands, whether it is even."""
     digits = randomness.sample(range(10), randomness.randint(2, 4))
     kind, place = randomness.randrange(3), randomness.randrange(len(digits))
-    listed = " ".join(map(str, digits))
+    listed = "".join(f"Place {LETTERS[i]}: {digit}\n" for i, digit in enumerate(digits))
     if kind == 0:
-        return [], f"{listed}\nWhat digit is in place {place + 1}?", str(digits[place])
+        return [], f"{listed}What digit is in place {LETTERS[place]}?", str(digits[place])
     if kind == 1:
-        return [], f"Is the digit {digits[place]} even?", "no" if digits[place] % 2 else "yes"
-    return [], f"{listed}\nWhich place shows the digit {digits[place]}?", f"place {place + 1}"
+        return [], f"{listed}Which place shows the digit {digits[place]}?", f"place {LETTERS[place]}"
+    return [], f"Is the digit {digits[place]} even?", "no" if digits[place] % 2 else "yes"
 
 
 def _largest(randomness: random.Random) -> tuple[list[int], str, str]:
@@ -158,7 +158,7 @@ def _even(randomness: random.Random) -> tuple[list[int], str, str]:
 def _find(randomness: random.Random) -> tuple[list[int], str, str]:
     digits = randomness.sample(range(10), randomness.randint(2, 4))
     place = randomness.randrange(len(digits))
-    return digits, f"Which image shows the digit {digits[place]}?", f"image {place + 1}"
+    return digits, f"Which image shows the digit {digits[place]}?", f"image {LETTERS[place]}"
 
 
 TASKS = {"name": _name, "name_k": _name_k, "read": _read, "text": _text, "largest": _largest, "even": _even, "find": _find}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from interlace.data.sample import BadRow, Image, Part, Role, Sample, Text, Turn
@@ -148,7 +149,7 @@ def _finish(record: dict[str, Any], turns: list[Turn], images: Iterator[str]) ->
         raise BadRow("bad_order", "a system turn stands behind another turn")
     if not body:
         raise BadRow("empty", "no question and answer")
-    for before, after in zip(body, body[1:], strict=False):
+    for before, after in pairwise(body):
         if before.role == after.role:
             raise BadRow("bad_order", f"two turns of the {before.role} in a row")
     if body[-1].role != "assistant":

@@ -1,6 +1,7 @@
 """Lengths -> an epoch's plan: optimizer steps, each a list of micro-batches made without knowing the ranks.
 
-Every micro-batch holds at most `budget` tokens; every step has world size x accumulation of them. All epochs have the same number of steps, so the plan's state is (epoch, step).
+Every micro-batch holds at most `budget` tokens; every step has world size x accumulation of them. All epochs have the same number of steps, so the
+plan's state is (epoch, step).
 """
 
 import random

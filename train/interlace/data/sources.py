@@ -50,7 +50,7 @@ def _read_entry(entry: Mapping[str, Any], seed: int) -> list[Record]:
     if entry["data_files"] == "demo":
         entry = {**entry, "data_files": str(demo.prepare() / f"{entry.get('split') or 'train'}.json")}
     elif entry.get("split"):
-        raise InputError(f"{entry['data_files']}: `split` goes with data_files \"demo\" only")
+        raise InputError(f'{entry["data_files"]}: `split` goes with data_files "demo" only')
     records: list[Record] = []
     for file in expand(entry["data_files"]):
         folder = Path(entry["image_folder"]) if entry.get("image_folder") else Path(file).parent

@@ -82,7 +82,9 @@ class ChatTemplate:
         ValueError: the tokenizer has no ChatML tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT, label_policy: LabelPolicy = "assistant"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT, label_policy: LabelPolicy = "assistant"
+    ):
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
         if missing:
@@ -141,7 +143,7 @@ class ChatTemplate:
 
     def jinja(self) -> str:
         """The template to save with the model: renders every conversation to the ids of `encode`."""
-        image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         head = f"{{%- set default_system_prompt = {_quoted(self.system_prompt)} -%}}{{%- set image_token = {_quoted(image_token)} -%}}"
         return head + "".join(line for line in _JINJA.strip().split("\n"))
 

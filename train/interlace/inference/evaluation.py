@@ -53,7 +53,12 @@ def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, 
                 sample, record = outcomes[i].sample, outcomes[i].record
                 assert sample is not None
                 metadata = {"dataset": Path(record.file).stem, **sample.metadata, "num_images": len(sample.images)}
-                predictions[i] = {"id": sample.identifier or f"{record.file}:{record.index}", "prediction": answer, "reference": reference, "metadata": metadata}
+                predictions[i] = {
+                    "id": sample.identifier or f"{record.file}:{record.index}",
+                    "prediction": answer,
+                    "reference": reference,
+                    "metadata": metadata,
+                }
             bar.update(len(numbers))
     return predictions
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import PIL.Image
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from interlace.data.media import open_image
@@ -15,14 +16,14 @@ from interlace.model.loading import Processing, load_for_inference, load_process
 
 def default_device() -> torch.device:
     """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Generator:
     """A model with its processing, ready to answer."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     processing: Processing
     device: torch.device
 
@@ -49,8 +50,7 @@ class Generator:
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         images: list[PIL.Image.Image] = [open_image(image.path) for turns in conversations for turn in turns for image in turn.images]
         pixels = self.processing.process_images(images).to(self.device, self.model.dtype) if images else None
-        model: GenerationMixin = self.model  # type: ignore[assignment]
-        output = model.generate(
+        output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             pixel_values=pixels,
@@ -79,7 +79,5 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
         chosen = torch.bfloat16
     model = load_for_inference(path, chosen, quantization(load_in_4bit, False, chosen))
     if not load_in_4bit:
-        model = model.to(device)
+        model = model.to(device)  # type: ignore[arg-type]
     return Generator(model, processing, device)
-
-

@@ -71,7 +71,7 @@ def sdpa_segments(
         else:
             index = torch.cat([torch.arange(segments[n].start, segments[n].end, device=q.device) for n in numbers])
             chosen = [x.index_select(1, index).unflatten(1, (len(numbers), length)).transpose(0, 1) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*chosen, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(chosen[0], chosen[1], chosen[2], is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         for number, piece in zip(numbers, out, strict=True):
             pieces[number] = piece
     for number, segment in enumerate(segments):

@@ -115,8 +115,10 @@ class PackedModel(nn.Module):
             # Every rank must call the same modules: a text-only batch sends one zero row (or one blank image) through, at zero weight.
             features = self._tower_features(self._blank_image(embeddings)) if self.tower is not None else self._zero_row(embeddings)
             return embeddings + 0 * projector(features).sum().to(embeddings.dtype)
-        features = self._tower_features(pixel_values) if image_features is None else image_features
-        projected = projector(features.to(self._dtype(projector)))
+        if pixel_values is not None:
+            image_features = self._tower_features(pixel_values)
+        assert image_features is not None
+        projected = projector(image_features.to(self._dtype(projector)))
         filled = projected[image_index].flatten(0, 1).to(embeddings.dtype)
         return embeddings.index_copy(1, image_positions, filled[None])
 

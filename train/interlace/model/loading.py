@@ -95,9 +95,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     return config
 
 
-def load_processing(
-    path: str, system_prompt: str | None = None, label_policy: LabelPolicy = "assistant", trust_remote_code: bool = False
-) -> Processing:
+def load_processing(path: str, system_prompt: str | None = None, label_policy: LabelPolicy = "assistant", trust_remote_code: bool = False) -> Processing:
     """Tokenizer, image processor and template of a model or adapter directory.
 
     Args:
@@ -150,22 +148,23 @@ def load_model(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesC
     """
     load_config(path, trust_remote_code)
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, quantization_config=quantization_config, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
+    model, report = loaded
     if report["missing_keys"]:
         raise InputError(f"{path}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]} among them")
     return model
 
 
-def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel | PeftModel:
     """A model, or an adapter on its base, ready for `generate`."""
     path = resolve_model_path(path)
     model = load_model(base_of(path), dtype, quantization_config)
     if (Path(path) / ADAPTER_CONFIG).is_file():
-        model = PeftModel.from_pretrained(model, path)
+        return PeftModel.from_pretrained(model, path).eval()
     return model.eval()
 
 

@@ -158,8 +158,8 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     plan, tokens = train.plan, sum(row.length for row in train.rows)
     say(f"\ntraining: {ledger.summary()}")
     say(
-        f"plan: {plan.steps_per_epoch:,} steps per epoch, {plan.world_size * plan.accumulation} micro-batches each, at most {plan.budget:,} tokens per micro-batch "
-        f"({tokens / plan.batches_per_epoch / plan.budget:.0%} used), {len(train.rows) / plan.steps_per_epoch:.1f} rows per step\n"
+        f"plan: {plan.steps_per_epoch:,} steps per epoch with {len(train.rows) / plan.steps_per_epoch:.1f} rows each, "
+        f"in {plan.world_size * plan.accumulation} micro-batches of at most {plan.budget:,} tokens ({tokens / plan.batches_per_epoch / plan.budget:.0%} used)\n"
     )
 
 
@@ -182,12 +182,13 @@ def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) 
     """The table at the end, and where everything is."""
     history = trainer.state.log_history
     last = {name: value for entry in history for name, value in entry.items()}
-    figures = [("steps", f"{trainer.state.global_step:,}"), ("minutes", f"{metrics['train_runtime'] / 60:.1f}"), ("mean training loss", f"{metrics['train_loss']:.4f}")]
-    names = (("loss", "last loss"), ("token_accuracy", "last token accuracy"), ("eval_loss", "evaluation loss"), ("eval_token_accuracy", "evaluation token accuracy"))
-    figures += [(label, f"{last[name]:.4f}") for name, label in names if name in last]
+    figures = [("steps", f"{trainer.state.global_step:,}"), ("minutes", f"{metrics['train_runtime'] / 60:.1f}")]
+    figures += [("mean training loss", f"{metrics['train_loss']:.4f}")]
+    labels = {"loss": "last loss", "token_accuracy": "last token accuracy", "eval_loss": "evaluation loss", "eval_token_accuracy": "evaluation token accuracy"}
+    figures += [(label, f"{last[name]:.4f}") for name, label in labels.items() if name in last]
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     figures += [("tokens/s (median)", f"{sorted(speeds)[len(speeds) // 2]:,.0f}")] if speeds else []
-    print_table("result", [("", ""), *figures])
+    print_table("result", figures)
     say(f"\n  model, processor, chat template  {output_dir}")
     say(f"  curves                           {output_dir / 'training_curves.png'}")
     say(f"  every row accounted for          {output_dir / 'ledger.json'}")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "deepspeed", "safetensors", "pillow", "wandb", "bitsandbytes")
 
@@ -44,7 +44,7 @@ class ArgumentsToTracker(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Updates the run's configuration."""
-        if state.is_world_process_zero and "wandb" in args.report_to:
+        if state.is_world_process_zero and "wandb" in (args.report_to or []):
             import wandb
 
             if wandb.run is not None:
@@ -57,7 +57,7 @@ def _number(value: float) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and hardware, for `environment.json`."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

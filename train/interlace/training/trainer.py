@@ -117,7 +117,7 @@ class PackedTrainer(Trainer):
         if self.optimizer is None:
             decays = set(self.get_decay_parameter_names(self.tuned.packed))
             groups = parameter_groups(self.tuned, decays.__contains__, self.args.weight_decay, self.args.learning_rate, self.rates)
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.tuned.packed)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.tuned.base)
             settings.pop("lr", None)
             self.optimizer = kind(groups, lr=self.args.learning_rate, **settings)
         return self.optimizer
@@ -146,17 +146,18 @@ class PackedTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss per supervised token and token accuracy over the evaluation rows of all ranks."""
         assert self.eval_rows is not None
-        start, training = time.time(), self.model.training
-        self.model.eval()
+        packed, start = self.tuned.packed, time.time()
+        training = packed.training
+        packed.eval()
         totals = torch.zeros(4, dtype=torch.float64)  # weighted loss, weight, right, supervised
         for batch in self._loader(self.eval_rows, pin=False):
             batch = batch.to(self.args.device)
-            scores: RowScores = self.model(**model_inputs(batch, self.tuned.tower))
+            scores: RowScores = packed(**model_inputs(batch, self.tuned.tower))
             counted = batch.weights > 0
             loss = -(scores.log_probs * batch.weights).sum()
             totals += torch.tensor([loss.item(), batch.weights.sum().item(), (scores.is_top1 & counted).sum().item(), counted.sum().item()])
         loss, weight, right, supervised = self.accelerator.reduce(totals.to(self.args.device, torch.float32), "sum").tolist()
-        self.model.train(training)
+        packed.train(training)
         metrics = {f"{metric_key_prefix}_loss": loss / weight, f"{metric_key_prefix}_token_accuracy": right / max(supervised, 1)}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
         self._paused_seconds += time.time() - start

@@ -1,0 +1,158 @@
+"""Shared fixtures: the real Qwen tokenizer, a tiny random LLaVA, a small data set with images."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+
+import dashscope
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiktoken.load import load_tiktoken_bpe
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2TokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from interlace.arguments import SCHEMA_PATH, resolve
+from interlace.data.template import ChatTemplate
+from interlace.model.loading import Processing, save_model, save_processing
+
+ROOT = Path(__file__).parents[1]
+DEMO_MODEL = ROOT / "data" / "demo" / "model"
+IMAGE_TOKENS = 4
+
+
+@pytest.fixture(scope="session")
+def qwen() -> PreTrainedTokenizerBase:
+    """Qwen1.5's tokenizer from the published ranks, with `<image>` as 151646 like the Hugging Face ports."""
+    ranks = load_tiktoken_bpe(str(Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"))
+    letters = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    def parts(token: bytes) -> tuple[bytes, bytes]:
+        """The last merge that makes a token: byte pair encoding with lower ranks only."""
+        pieces = [bytes([byte]) for byte in token]
+        while len(pieces) > 2:
+            i = min(range(len(pieces) - 1), key=lambda k: ranks.get(pieces[k] + pieces[k + 1], 1 << 30))
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        return pieces[0], pieces[1]
+
+    merges = [tuple(map(spell, parts(token))) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    tokenizer = Qwen2TokenizerFast(vocab=vocabulary, merges=merges)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials[1:]})
+    assert tokenizer.convert_tokens_to_ids(specials) == [151643, 151644, 151645, 151646]
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase) -> LlavaConfig:
+    """Two layers everywhere, grouped queries, 4 tokens per 32 x 32 image."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>", "<image>")}
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16, vision_use_head=False
+    )
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=ids["<image>"], vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory, demo_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random tiny LLaVA in float32, saved as Interlace saves models."""
+    torch.manual_seed(0)
+    config = tiny_config(demo_tokenizer)
+    model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():  # larger weights than the initialisation: differences must show
+        parameter.data.mul_(3)
+    folder = tmp_path_factory.mktemp("tiny_llava")
+    save_model(model, folder)
+    images = SiglipImageProcessor(size={"height": 32, "width": 32})
+    save_processing(Processing(demo_tokenizer, images, ChatTemplate(demo_tokenizer, config.image_token_id), config, IMAGE_TOKENS), folder)
+    return folder
+
+
+def write_rows(folder: Path, count: int, seed: int = 0) -> Path:
+    """A LLaVA json with `count` rows of 0 to 3 images, one or two exchanges; returns its path."""
+    randomness = random.Random(seed)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for i in range(8):
+        pixels = np.random.RandomState(i).randint(0, 255, (20 + i, 24, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+    rows = []
+    for number in range(count):
+        images = [f"pictures/{randomness.randrange(8)}.png" for _ in range(number % 4)]
+        question = "".join(f"Image {letter}: <image>\n" for letter, _ in zip("ABC", images, strict=False)) + "Which digit is the largest?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"digit {randomness.randrange(10)}"}]
+        if number % 3 == 0:
+            turns += [{"from": "human", "value": "And the image?"}, {"from": "gpt", "value": f"image {randomness.choice('ABC')}" * (1 + number % 2)}]
+        rows.append({"id": str(number), **({"image": images} if images else {}), "conversations": turns, "metadata": {"dataset": f"images_{len(images)}"}})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "data", 24)
+
+
+@pytest.fixture
+def make_arguments(tiny_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Resolved arguments of a short run on the tiny model, with changes."""
+
+    def make(data: Path, **changes: Any) -> dict[str, Any]:
+        config = {
+            "model_name_or_path": str(tiny_dir),
+            "output_dir": str(tmp_path / "run"),
+            "dataset": {"train": [{"data_files": str(data)}]},
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "lora_dropout": 0.0,
+            **changes,
+        }
+        arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "test"))
+        assert not problems
+        return arguments
+
+    return make
