@@ -49,11 +49,11 @@ class Generator:
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         images: list[PIL.Image.Image] = [open_image(image.path) for turns in conversations for turn in turns for image in turn.images]
-        pixels = self.processing.process_images(images).to(self.device, self.model.dtype) if images else None
+        vision = {"pixel_values": self.processing.process_images(images).to(self.device, self.model.dtype)} if images else {}
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=pixels,
+            **vision,
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,

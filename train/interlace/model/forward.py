@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from interlace.data.batch import PackedBatch, Segment
@@ -64,7 +63,6 @@ class PackedModel(nn.Module):
         self.model = model
         self.config = model.config
         self.family = family_of(model.config)
-        self.vision_checkpointing = False
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
 
     @property
@@ -76,6 +74,11 @@ class PackedModel(nn.Module):
         """Recomputes the language model's activations in the backward pass; called by the Trainer. Never touches a frozen tower."""
         language_model = getattr(self.model.model, self.family.language_model)
         language_model.activation_checkpointing_enable(activation_checkpointing_kwargs=activation_checkpointing_kwargs or {"use_reentrant": False})
+
+    def checkpoint_tower(self) -> None:
+        """Recomputes the vision tower's activations in the backward pass, if it trains."""
+        if self.tower is not None:
+            self.tower.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(
         self,
@@ -125,8 +128,6 @@ class PackedModel(nn.Module):
     def _tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         assert self.tower is not None
         pixels = pixel_values.to(self._dtype(self.tower))
-        if self.vision_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.family.features, self.config, self.tower, pixels, use_reentrant=False)
         return self.family.features(self.config, self.tower, pixels)
 
     def _blank_image(self, like: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,9 @@ def finetune(arguments: Arguments) -> None:
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     tracker = ArgumentsToTracker(without_secrets(arguments))
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
-    tuned.packed.vision_checkpointing = _vision_checkpointing(arguments)
+    own = arguments["vision_gradient_checkpointing"]
+    if args.activation_checkpointing if own is None else own:
+        tuned.packed.checkpoint_tower()
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -171,11 +173,6 @@ def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger) -> No
     write_json(output_dir / "arguments.json", without_secrets(arguments))
     write_json(output_dir / "environment.json", environment())
     ledger.write(output_dir / "ledger.json")
-
-
-def _vision_checkpointing(arguments: Arguments) -> bool:
-    own = arguments["vision_gradient_checkpointing"]
-    return bool(arguments["gradient_checkpointing"] if own is None else own)
 
 
 def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) -> None:
