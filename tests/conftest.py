@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
 import dashscope
 import numpy as np
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2TokenizerFast,
-    SiglipImageProcessor,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -86,7 +86,12 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> LlavaConfig:
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16, vision_use_head=False
     )
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=ids["<image>"], vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True
+        vision_config=vision,
+        text_config=text,
+        image_token_id=ids["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
     )
 
 
@@ -100,7 +105,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, demo_tokenizer: PreTraine
         parameter.data.mul_(3)
     folder = tmp_path_factory.mktemp("tiny_llava")
     save_model(model, folder)
-    images = SiglipImageProcessor(size={"height": 32, "width": 32})
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     save_processing(Processing(demo_tokenizer, images, ChatTemplate(demo_tokenizer, config.image_token_id), config, IMAGE_TOKENS), folder)
     return folder
 

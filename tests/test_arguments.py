@@ -172,7 +172,9 @@ def test_secrets_are_left_out() -> None:
 def test_help_and_errors_answer_without_heavy_imports(words: list[str]) -> None:
     start = time.perf_counter()
     code = "import sys, runpy\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nfinally:\n    print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "train/supervised_finetune.py", *words], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": "train"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train/supervised_finetune.py", *words], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": "train"}
+    )
     assert time.perf_counter() - start < 60  # a hang guard; the promise of 2 seconds rests on the line below
     assert done.stdout.strip().endswith("False")
     assert done.returncode == (0 if words == ["--help"] else 2)

@@ -151,7 +151,10 @@ def gradient(mode: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.arange(48 * 32 * 3, dtype=np.uint8).reshape(32, 48, 3)).convert(mode)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "png"), ("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("RGB", "jpg"), ("RGB", "webp"), ("RGB", "bmp"), ("P", "gif")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGB", "png"), ("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("RGB", "jpg"), ("RGB", "webp"), ("RGB", "bmp"), ("P", "gif")],
+)
 def test_every_mode_opens_as_rgb_and_headers_tell_the_size(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     gradient(mode).save(path)

@@ -38,7 +38,10 @@ def llava_next_rule(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple
     """LLaVA-NeXT's rule written out naively: each message tokenized whole; answers kept; ids 198, 151644, 151645 unmasked everywhere."""
     ids: list[int] = []
     labels: list[int] = []
-    turns = [("system", "You are a helpful assistant."), *((turn.role, "".join("<image>" if isinstance(part, Image) else part.text for part in turn.parts)) for turn in sample.turns)]
+    turns = [
+        ("system", "You are a helpful assistant."),
+        *((turn.role, "".join("<image>" if isinstance(part, Image) else part.text for part in turn.parts)) for turn in sample.turns),
+    ]
     for role, text in turns:
         piece = tokenizer(f"<|im_start|>{role}\n{text}<|im_end|>\n", add_special_tokens=False)["input_ids"]
         ids += piece

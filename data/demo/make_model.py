@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen2TokenizerFast, SiglipImageProcessor, SiglipVisionConfig
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen2TokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig
 
 from interlace.data import demo
 from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate
@@ -26,7 +26,7 @@ def make_tokenizer() -> Qwen2TokenizerFast:
     texts = [turn["value"].replace("<image>", "") for row in rows for turn in row["conversations"]]
     texts += ["system\n" + DEFAULT_SYSTEM_PROMPT, "user\n", "assistant\n"] * 1000
     bpe = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(__import__("tokenizers").Regex(PATTERN), "isolated")
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -44,13 +44,13 @@ def make_tokenizer() -> Qwen2TokenizerFast:
 
 
 def make_config(tokenizer: Qwen2TokenizerFast) -> LlavaConfig:
-    """Two vision layers and four text layers: 4 tokens per image of 32 x 32 pixels."""
+    """Two vision layers and three text layers: 4 tokens per image of 32 x 32 pixels."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -82,7 +82,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     config = make_config(tokenizer)
     model = LlavaForConditionalGeneration(config)
-    images = SiglipImageProcessor(size={"height": demo.IMAGE_SIZE, "width": demo.IMAGE_SIZE})
+    images = SiglipImageProcessorPil(size={"height": demo.IMAGE_SIZE, "width": demo.IMAGE_SIZE})
     template = ChatTemplate(tokenizer, config.image_token_id)
     options.output.mkdir(parents=True, exist_ok=True)
     save_model(model, options.output)

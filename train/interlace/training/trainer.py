@@ -122,6 +122,10 @@ class PackedTrainer(Trainer):
             self.optimizer = kind(groups, lr=self.args.learning_rate, **settings)
         return self.optimizer
 
+    def _get_learning_rate(self) -> float:
+        groups = {group["part"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
+        return groups.get("language_model", next(iter(groups.values())))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
