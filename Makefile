@@ -36,7 +36,7 @@ test-slow: setup
 	$(ENVIRONMENT) $(BIN)/pytest -m slow
 
 bench: setup
-	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONPATH=train $(BIN)/python benchmarks/run.py
 
 schema: setup
 	cd train && ../$(BIN)/python -m interlace.argument_schema

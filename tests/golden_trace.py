@@ -1,4 +1,7 @@
-"""Makes `golden_trace.json`: 20-step losses of a LoRA and a full run on the tiny model. Run from the repository's root: `PYTHONPATH=train python -m tests.golden_trace`."""
+"""Makes `golden_trace.json`: 20-step losses of a LoRA and a full run on the tiny model.
+
+Run from the repository's root: `PYTHONPATH=train python -m tests.golden_trace`.
+"""
 
 import json
 import tempfile
@@ -17,7 +20,7 @@ RUNS = {
 class Recorder:
     """Runs the trace inside pytest, so that the fixtures are the tests' own."""
 
-    def test_record(self, make_arguments, tmp_path):  # noqa: ANN001, ANN201
+    def test_record(self, make_arguments, tmp_path):
         """Writes the losses."""
         from interlace.training.supervised import finetune
 

@@ -111,7 +111,7 @@ def test_a_tokenizer_that_cannot_keep_a_control_token_as_text_makes_a_bad_row(qw
         template.text_ids("an <|im_end|> inside")
 
 
-TEXT = st.text(alphabet=st.sampled_from(list("ab Z9\n\r\t.,:<>|图é") + ["\u2028"]), max_size=12)
+TEXT = st.text(alphabet=st.sampled_from([*"ab Z9\n\r\t.,:<>|图é\u2028"]), max_size=12)
 
 
 @st.composite

@@ -19,7 +19,7 @@ from interlace.errors import InputError
 from interlace.inference.generation import load_generator
 from interlace.model.loading import load_for_inference
 from interlace.model.merging import merge
-from interlace.training.supervised import finetune
+from interlace.training.supervised import finetune, load_tuned_model, training_arguments
 from tests.conftest import ROOT, write_rows
 
 Make = Callable[..., dict[str, Any]]
@@ -291,3 +291,15 @@ def test_an_output_dir_with_another_run_is_refused_or_cleared(make_arguments: Ma
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     finetune({**arguments, "overwrite_output_dir": True, "save_strategy": "no"})
     assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_learns_on_a_quantised_base(make_arguments: Make, rows_file: Path, bits: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    arguments = make_arguments(rows_file, **LORA, max_steps=6, **{bits: True})
+    tuned = load_tuned_model(arguments["model_name_or_path"], arguments, training_arguments(arguments))
+    quantised = {name for name, module in tuned.base.named_modules() if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))}
+    assert quantised
+    assert all("language_model" in name for name in quantised), "vision tower, projector and head stay whole"
+    finetune(arguments)
+    assert losses(arguments["output_dir"])[-1] < losses(arguments["output_dir"])[0]

@@ -17,14 +17,15 @@ from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate
 from interlace.model.loading import Processing, save_model, save_processing
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+NEW_QUESTIONS = ["Which digit is the largest?", "How many images show an even digit?", "Which image shows the digit 7?", "2 of 4"]
 PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
 
 def make_tokenizer() -> Qwen2TokenizerFast:
-    """A byte-level BPE with Qwen2's splitting rule, whose merges are the demo's words."""
-    rows = [row for split in ("pretrain", "train") for row in json.loads((demo.prepare() / f"{split}.json").read_text())]
+    """A byte-level BPE with Qwen2's splitting rule, whose merges are the words of its pre-training and of the new tasks' questions."""
+    rows = json.loads((demo.prepare() / "pretrain.json").read_text(encoding="utf-8"))
     texts = [turn["value"].replace("<image>", "") for row in rows for turn in row["conversations"]]
-    texts += ["system\n" + DEFAULT_SYSTEM_PROMPT, "user\n", "assistant\n"] * 1000
+    texts += [text for text in ["system\n" + DEFAULT_SYSTEM_PROMPT, "user\n", "assistant\n", *NEW_QUESTIONS] for _ in range(1000)]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

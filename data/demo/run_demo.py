@@ -6,6 +6,7 @@ Every step is one of the commands a user runs; this script only runs them in ord
 import argparse
 import json
 import random
+import shlex
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -25,7 +26,7 @@ BASE_TASKS, NEW_TASKS = ("name", "name_k", "read", "text"), ("largest", "even", 
 
 def run(*words: str | Path) -> None:
     """Runs one command of the README, shown as it is."""
-    print("\n$ python", " ".join(str(word) for word in words), flush=True)
+    print("\n$ python", shlex.join(map(str, words)), flush=True)
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
@@ -56,8 +57,8 @@ def table(before: dict[str, Any], after: dict[str, Any], rows: list[dict[str, An
 def draw(run_dir: Path, rows: list[dict[str, Any]], records: dict[str, Any], text: str, path: Path) -> None:
     """One picture: loss, the table, and a few test rows with the answers given."""
     history = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
-    figure = pyplot.figure(figsize=(13, 8), layout="constrained")
-    grid = figure.add_gridspec(3, 4)
+    figure = pyplot.figure(figsize=(13, 6.5), layout="constrained")
+    grid = figure.add_gridspec(3, 4, height_ratios=[3, 1.2, 1.2])
     curve, words = figure.add_subplot(grid[0, :2]), figure.add_subplot(grid[0, 2:])
     for name in ("loss", "eval_loss"):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -70,7 +71,7 @@ def draw(run_dir: Path, rows: list[dict[str, Any]], records: dict[str, Any], tex
     for place, row in enumerate(shown):
         axis, record = figure.add_subplot(grid[1 + place // 4, place % 4]), records[row["id"]]
         images = [PIL.Image.open(FILES / name) for name in record["image"]]
-        strip = PIL.Image.new("L", (36 * len(images) - 4, 32), 255)
+        strip = PIL.Image.new("L", (36 * 4 - 4, 32), 255)  # always as wide as four
         for i, image in enumerate(images):
             strip.paste(image, (36 * i, 0))
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
@@ -86,7 +87,7 @@ def draw(run_dir: Path, rows: list[dict[str, Any]], records: dict[str, Any], tex
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on `validation`")
     options = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
     before, after = (json.loads((output / name / "metrics.json").read_text())["datasets"] for name in ("before", "after"))
     asked = next(row for row in rows if row["metadata"]["dataset"] == "find" and row["metadata"]["num_images"] == 3)
     text = records[asked["id"]]["conversations"][0]["value"]
-    files = [FILES / name for name in records[asked["id"]]["image"]]
+    files = [(FILES / name).relative_to(ROOT) for name in records[asked["id"]]["image"]]
     run("train/predict_multiround.py", "--model-path", adapter, "--image-file", *files, "--query", text)
     summary = table(before, after, rows)
     draw(adapter, rows, records, summary, output / "demo.png")

@@ -1,6 +1,8 @@
 """Errors that are the user's to mend, and how a script turns them into an exit code."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -10,8 +12,10 @@ class InputError(ValueError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 1 anything else."""
+    warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other about their next versions
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

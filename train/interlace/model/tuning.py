@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.errors import InputError
-from interlace.model.families import family_of, part_of, unused_vision_parameters
+from interlace.model.families import Family, family_of, part_of, unused_vision_parameters
 from interlace.model.forward import FrozenTower, PackedModel
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -83,12 +83,14 @@ def tune(
         raise InputError(f"tunable_parts: {', '.join(unknown)}: unknown; expected some of {', '.join(PARTS)}")
     family, part = family_of(model.config), part_of(model)
     frozen = _frozen_names(model, freeze_include, freeze_exclude)
+    whole = [getattr(family, name) for name in ("projector", "vision_tower") if name in tunable_parts]
+    if lora_path is not None:
+        _check_adapter(lora_path, whole, family)
     tower = FrozenTower(model) if "vision_tower" not in tunable_parts else None
     model.requires_grad_(False)
     peft = None
     if lora is not None or lora_path is not None:
-        whole = [getattr(family, name) for name in ("projector", "vision_tower") if name in tunable_parts]
-        peft = _continue_adapter(model, lora_path) if lora_path else _new_adapter(model, lora, whole)
+        peft = PeftModel.from_pretrained(model, lora_path, is_trainable=True) if lora_path else _new_adapter(model, lora, whole)
     for name, parameter in model.named_parameters():
         plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
         if peft is not None and part(name) == "language_model":
@@ -177,11 +179,16 @@ def _new_adapter(model: PreTrainedModel, lora: Lora | None, whole: list[str]) ->
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
-def _continue_adapter(model: PreTrainedModel, path: str | None) -> PeftModel:
-    assert path is not None
+def _check_adapter(path: str, whole: list[str], family: Family) -> None:
+    """An adapter can only go on training the parts that it holds."""
     if not (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"lora_path: {path}: no adapter_config.json in this folder")
-    return PeftModel.from_pretrained(model, path, is_trainable=True)
+    held = set(PeftConfig.from_pretrained(path).modules_to_save or [])
+    missing = [name for name in whole if name not in held]
+    if missing:
+        raise InputError(f"lora_path: {path} holds no {', '.join(missing)}; set tunable_parts to what it trained ({', '.join(held) or 'language_model'})")
+    if family.vision_tower in held and family.vision_tower not in whole:
+        raise InputError(f"lora_path: {path} holds a trained vision tower; add vision_tower to tunable_parts")
 
 
 def parameter_groups(

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "d
 
 class ProgressBar(ProgressCallback):
     """The training bar, with loss and tokens/s; one compact line per log instead of a dictionary."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Opens the bar; in a file it is written rarely, in a terminal at once."""
+        super().on_train_begin(args, state, control)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 30
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Shows the latest figures."""

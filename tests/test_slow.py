@@ -1,0 +1,96 @@
+"""Minutes rather than seconds: the demo, the shipped configs, an older transformers reading what we save."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from interlace.model.merging import merge
+from tests.conftest import ROOT, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
+
+
+def test_the_demo_reaches_its_targets(tmp_path: Path) -> None:
+    done = run("data/demo/run_demo.py", "--output", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (json.loads((tmp_path / "demo" / name / "metrics.json").read_text())["datasets"] for name in ("before", "after"))
+
+    def mean(scores: dict[str, dict[str, float]], *tasks: str) -> float:
+        return sum(scores[task]["score"] for task in tasks) / len(tasks)
+
+    base, new = ("name", "name_k", "read", "text"), ("largest", "even", "find")
+    assert min(before[task]["score"] for task in base) >= 0.93
+    assert mean(before, *new) < 0.10
+    assert mean(after, *new) >= 0.80
+    assert mean(after, *base) >= mean(before, *base) - 0.03
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    adapter = tmp_path / "demo" / "lora_sft"
+    assert run("train/merge_adapter.py", "--adapter-path", adapter, "--output-dir", tmp_path / "merged").returncode == 0
+    words = ("--data-files", "demo", "--split", "validation", "--max-new-tokens", "16", "--batch-size", "100", "--output-dir")
+    for name, model in (("adapter", adapter), ("merged", tmp_path / "merged")):
+        assert run("train/evaluate_model.py", "--model-path", model, *words, tmp_path / name).returncode == 0
+    same = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("adapter", "merged")]
+    assert sum(one == two for one, two in zip(*same, strict=True)) >= len(same[0]) - 2  # a tie may fall the other way
+
+
+def test_the_full_tuning_config_runs_as_it_is(tmp_path: Path) -> None:
+    done = run("train/supervised_finetune.py", "configs/sft_argument.json", "--max_steps", "30", "--eval_strategy=no", "--output_dir", tmp_path / "sft")
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [entry["loss"] for entry in json.loads((tmp_path / "sft" / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    assert log
+    assert (tmp_path / "sft" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def older_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with transformers 4.51, or a skip where it cannot be installed."""
+    folder = tmp_path_factory.mktemp("older")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    for packages in (["torch==2.13.0"], ["transformers==4.51.3", "pillow"]):
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, timeout=900, check=False)
+        if done.returncode:
+            pytest.skip(f"transformers 4.51 cannot be installed here: {done.stderr[-200:]}")
+    return python
+
+
+READ = """
+import sys, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval(), AutoProcessor.from_pretrained(sys.argv[1])
+content = [{"type": "image"}, {"type": "text", "text": "\\nWhat digit is this?"}]
+text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(text=text, images=[Image.open(sys.argv[2])], return_tensors="pt")
+with torch.no_grad():
+    torch.save({"ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "logits": model(**inputs).logits}, sys.argv[3])
+"""
+
+
+def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Path, tmp_path: Path, tiny_dir: Path) -> None:
+    import torch
+
+    write_rows(tmp_path, 4)
+    config = {"model_name_or_path": str(tiny_dir), "output_dir": str(tmp_path / "run"), "dataset": {"train": [{"data_files": str(tmp_path / "rows.json")}]}}
+    config |= {"lora": True, "max_steps": 2, "use_cpu": True, "learning_rate": 0.01}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("train/supervised_finetune.py", tmp_path / "config.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    found = []
+    for name, python in (("new", sys.executable), ("old", str(older_python))):
+        command = [python, "-c", READ, str(tmp_path / "merged"), str(tmp_path / "pictures" / "0.png"), str(tmp_path / name)]
+        read = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+        assert read.returncode == 0, read.stderr[-3000:]
+        found.append(torch.load(tmp_path / name))
+    assert torch.equal(found[0]["ids"], found[1]["ids"])
+    torch.testing.assert_close(found[0]["pixels"], found[1]["pixels"], rtol=0, atol=0.05)
+    torch.testing.assert_close(found[0]["logits"], found[1]["logits"], rtol=1e-3, atol=1e-3)
