@@ -153,7 +153,7 @@ def make_arguments(tiny_dir: Path, tmp_path: Path) -> Callable[..., dict[str, An
             "dataloader_num_workers": 0,
             "use_cpu": True,
             "disable_tqdm": True,
-            "lora_dropout": 0.0,
+            **({} if "lora_path" in changes else {"lora_dropout": 0.0}),
             **changes,
         }
         arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "test"))

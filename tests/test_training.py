@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,12 @@ def test_an_adapter_is_continued(make_arguments: Make, rows_file: Path) -> None:
 
 @pytest.mark.parametrize("changes", [LORA, {"tunable_parts": ALL_PARTS}], ids=["lora", "full with tower"])
 def test_two_processes_equal_one(make_arguments: Make, rows_file: Path, changes: dict[str, Any], tmp_path: Path) -> None:
-    one = make_arguments(rows_file, **changes, gradient_accumulation_steps=4, max_steps=6, learning_rate=1e-3)
+    """Plain SGD, so that weights differ as gradients do: Adam would blow rounding up where a gradient is zero by theory (biases of keys)."""
+    one = make_arguments(rows_file, **changes, gradient_accumulation_steps=4, max_steps=6, learning_rate=0.05, optim="sgd")
     finetune(one)
     config = {
         name: one[name]
-        for name in ("model_name_or_path", "per_device_train_batch_size", "max_steps", "learning_rate", "lora_dropout", "save_strategy", "use_cpu")
+        for name in ("model_name_or_path", "per_device_train_batch_size", "max_steps", "learning_rate", "lora_dropout", "save_strategy", "use_cpu", "optim")
     }
     config |= {**changes, "dataset": one["dataset"], "logging_steps": 1, "gradient_checkpointing": False, "dataloader_num_workers": 0}
     config |= {"output_dir": one["output_dir"] + "_two", "gradient_accumulation_steps": 2, "ddp_timeout": 120}
@@ -180,7 +182,7 @@ def test_two_processes_equal_one(make_arguments: Make, rows_file: Path, changes:
     assert losses(config["output_dir"]) == pytest.approx(losses(one["output_dir"]), rel=1e-5)
     first, second = weights(one["output_dir"]), weights(config["output_dir"])
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- using the result ---
@@ -231,21 +233,36 @@ def test_lora_targets_and_freezing_stay_in_the_language_model(make_arguments: Ma
 # --- tracking ---
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline run: protocol buffers in a log of 32 KiB blocks, as LevelDB writes them, behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a full record, or the last piece of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
 def test_an_offline_wandb_run_holds_metrics_and_arguments(make_arguments: Make, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     finetune(make_arguments(rows_file, **LORA, report_to="wandb", hub_token="hf_secret"))
     wandb.finish()
     (path,) = tmp_path.rglob("*.wandb")
-    store, keys, config = DataStore(), set(), {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    keys, config = set(), {}
+    for record in wandb_records(path):
         keys |= {item.nested_key[0] if item.nested_key else item.key for item in record.history.item}
         for item in [*record.config.update, *record.run.config.update]:
             config[item.key or "/".join(item.nested_key)] = item.value_json
