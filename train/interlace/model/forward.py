@@ -78,7 +78,7 @@ class PackedModel(nn.Module):
     def checkpoint_tower(self) -> None:
         """Recomputes the vision tower's activations in the backward pass, if it trains."""
         if self.tower is not None:
-            self.tower.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            self.tower.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
     def forward(
         self,

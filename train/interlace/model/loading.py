@@ -184,12 +184,17 @@ def save_processing(processing: Processing, folder: Path) -> None:
     processor.save_pretrained(folder)
     processing.image_processor.save_pretrained(folder)
     _write_json(folder / PROMPT_FILE, {"prompt_style": "chatml", "system_prompt": processing.template.system_prompt})
+    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    settings.pop("image_processor", None)  # stands in preprocessor_config.json, where every version reads it; transformers 4 stops at this copy
+    _write_json(folder / "processor_config.json", settings)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
     if isinstance(extra, dict) and extra:
         settings["extra_special_tokens"] = extra
     elif extra:
         settings["additional_special_tokens"] = extra
+    for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
+        settings.pop(name, None)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write_json(folder / "tokenizer_config.json", settings)
