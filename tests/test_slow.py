@@ -34,7 +34,7 @@ def test_the_demo_reaches_its_targets(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
     adapter = tmp_path / "demo" / "lora_sft"
     assert run("train/merge_adapter.py", "--adapter-path", adapter, "--output-dir", tmp_path / "merged").returncode == 0
-    words = ("--data-files", "demo", "--split", "validation", "--max-new-tokens", "16", "--batch-size", "100", "--output-dir")
+    words = ("--data-files", "demo", "--split", "validation", "--max-new-tokens", "32", "--batch-size", "100", "--output-dir")
     for name, model in (("adapter", adapter), ("merged", tmp_path / "merged")):
         assert run("train/evaluate_model.py", "--model-path", model, *words, tmp_path / name).returncode == 0
     same = [(tmp_path / name / "predictions.jsonl").read_text().splitlines() for name in ("adapter", "merged")]

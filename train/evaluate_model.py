@@ -21,6 +21,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
+    if options.batch_size < 1 or options.max_new_tokens < 1:
+        raise InputError("--batch-size and --max-new-tokens: expected at least 1")
+    if options.output_dir.exists() and not options.output_dir.is_dir():
+        raise InputError(f"{options.output_dir} is a file; expected a folder")
     if options.predictions is None and not (options.model_path and options.data_files):
         raise InputError("expected --model-path and --data-files, or --predictions FILE")
     from interlace.inference.evaluation import metrics_table, predict, read_predictions, read_questions, write_scores

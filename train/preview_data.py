@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from interlace.arguments import read_command_line
-from interlace.errors import run_script
+from interlace.errors import InputError, run_script
 
 OPTIONS = {"json": "Write one line per row: file, index, status, reason, length, num_images, input_ids, labels."}
 
@@ -18,6 +18,8 @@ def main() -> None:
     from interlace.model.loading import load_processing, resolve_model_path
     from interlace.training.supervised import row_reader
 
+    if options["json"] and not Path(options["json"]).resolve().parent.is_dir():
+        raise InputError(f"--json {options['json']}: no such folder")
     path = resolve_model_path(arguments["model_name_or_path"])
     processing = load_processing(path, arguments["system_prompt"], arguments["label_policy"], arguments["trust_remote_code"])
     records = read_entries(arguments["dataset"]["train"], arguments["seed"])

@@ -78,9 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--learn-tokenizer", action="store_true", help="learn a new one; without it the embedded model's own, so that the recipe gives that model again"
+    )
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer() if options.learn_tokenizer else Qwen2TokenizerFast.from_pretrained(demo.MODEL)
     config = make_config(tokenizer)
     model = LlavaForConditionalGeneration(config)
     images = SiglipImageProcessorPil(size={"height": demo.IMAGE_SIZE, "width": demo.IMAGE_SIZE})

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="choose settings on `validation`")
     options = parser.parse_args()
     output, adapter = options.output, options.output / "lora_sft"
-    question = ["--data-files", "demo", "--split", options.split, "--batch-size", "100", "--max-new-tokens", "16"]
+    question = ["--data-files", "demo", "--split", options.split, "--batch-size", "100", "--max-new-tokens", "32"]
     run("train/evaluate_model.py", "--model-path", "demo", *question, "--output-dir", output / "before")
     overrides = ["--output_dir", adapter, "--overwrite_output_dir", "true", "--seed", str(options.seed)]
     run("train/supervised_finetune.py", "configs/lora_sft_argument.json", *overrides)

@@ -45,9 +45,10 @@ def read_command_line(description: str, options: Mapping[str, str] | None = None
         raise InputError(f"{paths[0]}: expected an object of keys and values, got {json_type(config)}")
     where = dict.fromkeys(config, paths[0])
     for word, text in overrides.items():
-        name = word.removeprefix("--")
-        config[RENAMED.get(name, name)] = override_value(schema.get(RENAMED.get(name, name), {}), text)
-        where[RENAMED.get(name, name)] = "command line"
+        name = RENAMED.get(word.removeprefix("--"), word.removeprefix("--"))
+        config = {other: value for other, value in config.items() if RENAMED.get(other) != name}
+        config[name] = override_value(schema.get(name, {}), text)
+        where[name] = "command line"
     arguments, found = resolve(config, schema, where)
     problems += found
     if problems:
@@ -215,6 +216,10 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         (a["eval_on_start"] and not evaluates, "eval_on_start needs dataset.eval"),
         (a["load_best_model_at_end"] and a["eval_strategy"] == "no", "load_best_model_at_end needs eval_strategy"),
         (a["save_strategy"] == "best" and a["eval_strategy"] == "no", "save_strategy best needs eval_strategy"),
+        (
+            a["metric_for_best_model"] not in (None, "loss", "eval_loss", "token_accuracy", "eval_token_accuracy"),
+            f"metric_for_best_model: expected eval_loss or eval_token_accuracy, got {a['metric_for_best_model']!r}",
+        ),
         (a["max_bad_rows"] is not None and a["bad_rows"] != "skip", "max_bad_rows needs bad_rows: skip"),
         (bool(a["resume_from_checkpoint"]) and a["overwrite_output_dir"], "resume_from_checkpoint and overwrite_output_dir: choose one"),
         (a["max_tokens_per_batch"] is not None and not a["packing"], "max_tokens_per_batch needs packing"),

@@ -56,11 +56,16 @@ def prepare() -> Path:
     scratch = Path(tempfile.mkdtemp(prefix="files-", dir=FOLDER))
     write_files(scratch, digits.images, digits.target)
     (scratch / f"version-{VERSION}").touch()
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(scratch)
+    scratch.chmod(0o755)
+    if not (folder / f"version-{VERSION}").is_file():
+        try:
+            if folder.exists():
+                folder.rename(scratch.with_name(scratch.name + "-old"))
+            scratch.rename(folder)
+        except OSError:  # another process was faster
+            assert (folder / f"version-{VERSION}").is_file()
+    for leftover in (scratch, scratch.with_name(scratch.name + "-old")):
+        shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 

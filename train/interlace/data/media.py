@@ -4,7 +4,9 @@ One answer for each oddity: EXIF rotation is applied; transparency is laid on wh
 of an animation the first frame is used; a truncated file is bad, never filled in.
 """
 
+import struct
 import warnings
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +17,9 @@ import PIL.ImageOps
 from interlace.data.sample import BadRow
 
 _TAIL_BYTES = 64
+_LONGEST_PATH = 1024
+# What is decoded: Pillow would also run Ghostscript for a PostScript file, whatever its name
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 _ORIENTATION_TAG = 0x0112
 
@@ -26,15 +31,24 @@ def locate(path: str, roots: tuple[Path, ...]) -> Path:
     Raises:
         BadRow: a URL; outside the roots; missing; no regular file.
     """
+    if "\0" in path or len(path.encode("utf-8", "replace")) > _LONGEST_PATH:
+        raise BadRow("bad_image", f"{path[:80]!r} is no file name")
     if "://" in path or path.startswith("data:"):
         raise BadRow("url", f"{path[:80]!r}: images must be files; URLs and embedded data are not opened")
     folders = [root.resolve() for root in roots]
-    candidates = [(folder / path).resolve() for folder in folders]
+    try:
+        candidates = [(folder / path).resolve() for folder in folders]
+    except OSError as error:
+        raise BadRow("bad_image", f"{path[:80]!r} is no file name: {error.strerror}") from None
     inside = [place for place in candidates if any(place.is_relative_to(folder) for folder in folders)]
     if not inside:
         raise BadRow("outside_folder", f"{path!r} lies outside {', '.join(map(str, roots))}; name its folder in `image_folder` or `media_roots`")
     for place in inside:
-        if place.is_file():
+        try:
+            found = place.is_file()
+        except OSError as error:
+            raise BadRow("bad_image", f"{path[:80]!r} is no file name: {error.strerror}") from None
+        if found:
             return place
         if place.exists():
             raise BadRow("not_a_file", f"{place} is no regular file")
@@ -52,7 +66,7 @@ def check_image(path: Path, max_pixels: int) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(path) as image:
+            with PIL.Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise BadRow("too_many_pixels", f"{path} has {width} x {height} pixels; max_image_pixels is {max_pixels}")
@@ -64,7 +78,7 @@ def check_image(path: Path, max_pixels: int) -> tuple[int, int]:
         raise BadRow("too_many_pixels", f"{path}: {error}") from None
     except PIL.UnidentifiedImageError:
         raise BadRow("broken_image", f"{path} is no image that can be read") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # what Pillow's decoders raise for damaged files
         raise BadRow("broken_image", f"{path}: {error}") from None
     return width, height
 
@@ -91,7 +105,7 @@ def open_image(path: str | Path) -> PIL.Image.Image:
     """The pixels of an image file as 8-bit RGB, upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        with PIL.Image.open(path) as opened:
+        with PIL.Image.open(path, formats=FORMATS) as opened:
             opened.load()
             image = PIL.ImageOps.exif_transpose(opened)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):

@@ -8,7 +8,6 @@ would merge with the header's; other leading white space stays.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -93,7 +92,7 @@ class ChatTemplate:
         self.system_prompt, self.label_policy = system_prompt, label_policy
         self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
         self.control = frozenset([self.start, self.end, image_token_id, *tokenizer.all_special_ids])
-        self._pieces_of_text = lru_cache(maxsize=10_000)(self._tokenize)  # headers, system prompts and questions come again and again
+        self._known: dict[str, list[int]] = {}  # headers, system prompts and questions come again and again
         self.newline = self.text_ids("\n")
 
     def text_ids(self, text: str) -> list[int]:
@@ -102,9 +101,17 @@ class ChatTemplate:
         Raises:
             BadRow: the tokenizer makes a control token of it all the same.
         """
-        return list(self._pieces_of_text(text))
+        if text not in self._known:
+            if len(self._known) >= 10_000:
+                self._known.clear()
+            self._known[text] = self._tokenize(text)
+        return list(self._known[text])
 
     def _tokenize(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow("bad_text", f"the text holds half a character at position {error.start}") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
         forged = self.control.intersection(ids)
         if forged:

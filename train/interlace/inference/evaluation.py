@@ -81,8 +81,9 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number}: {error.msg}") from None
-        if not isinstance(row, dict) or not {"id", "prediction", "reference", "metadata"} <= set(row):
-            raise InputError(f"{path}: line {number}: expected an object with id, prediction, reference and metadata")
+        texts = [row.get(name) for name in ("prediction", "reference")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or "id" not in row or not isinstance(row.get("metadata"), dict):
+            raise InputError(f"{path}: line {number}: expected id, prediction (text), reference (text) and metadata (object)")
         rows.append(row)
     if not rows:
         raise InputError(f"{path}: no predictions")

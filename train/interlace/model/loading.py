@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -140,8 +141,8 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dt
     )
 
 
-def load_model(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesConfig | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A base model with its weights in `dtype`.
+def load_model(path: str, dtype: torch.dtype | str, quantization_config: BitsAndBytesConfig | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A base model with its weights in `dtype` ("auto": as they are stored).
 
     Raises:
         InputError: the weights cannot be had or do not fit the configuration.
@@ -151,7 +152,7 @@ def load_model(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesC
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, quantization_config=quantization_config, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
     model, report = loaded
     if report["missing_keys"]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,9 +68,9 @@ def tune(
     lora_path: str | None,
     freeze_include: Sequence[str] = (),
     freeze_exclude: Sequence[str] = (),
-    compute_dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = torch.float32,
 ) -> TunedModel:
-    """Sets what learns; what learns is kept in float32, the rest in `compute_dtype`.
+    """Sets what learns; what learns is kept in float32, the rest in `frozen_dtype`, or as it was loaded (None).
 
     Args:
         lora: a new adapter on the language model; None for full tuning, or when `lora_path` continues one.
@@ -90,9 +91,11 @@ def tune(
     model.requires_grad_(False)
     peft = None
     if lora is not None or lora_path is not None:
-        peft = PeftModel.from_pretrained(model, lora_path, is_trainable=True) if lora_path else _new_adapter(model, lora, whole)
+        peft = _continue_adapter(model, lora_path) if lora_path else _new_adapter(model, lora, whole)
     for name, parameter in model.named_parameters():
         plain = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+        if ".lora_" in plain:  # an adapter is frozen with the weight it changes
+            plain = plain.split(".lora_")[0] + ".weight"
         if peft is not None and part(name) == "language_model":
             learns = "lora_" in name and "language_model" in tunable_parts
         else:
@@ -102,13 +105,15 @@ def tune(
         module = getattr(model.model, family.vision_tower)
         unused = set(unused_vision_parameters(model.config, module))
         for name, parameter in module.named_parameters():
-            if name.replace("modules_to_save.default.", "").replace("original_module.", "") in unused:
+            if name in unused:
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("nothing is left to train: check tunable_parts and freeze_include")
     for parameter in [*model.parameters(), *([] if tower is None else tower.module.parameters())]:
         if parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype or parameter.dtype)
+    if peft is not None and lora_path is not None:  # once more, in float32: loading into a 16-bit model has rounded the whole parts
+        set_peft_model_state_dict(peft, load_file(Path(lora_path) / "adapter_model.safetensors"))
     return TunedModel(PackedModel(model), tower, peft)
 
 
@@ -145,6 +150,8 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
             raise InputError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
         written_out = family.vision_tower in target or family.projector in target
         matches = [name for name in (linear if written_out else inside) if pattern.fullmatch(name) or name.endswith(f".{target}")]
+        if not matches and family.vision_tower in target:
+            raise InputError(f"lora_target_modules: {target!r}: the vision tower is frozen; add vision_tower to tunable_parts to train it")
         if not matches:
             raise InputError(f"lora_target_modules: {target!r} matches no linear layer; names look like {inside[0]!r}")
         found.update(dict.fromkeys(matches))
@@ -177,6 +184,15 @@ def _new_adapter(model: PreTrainedModel, lora: Lora | None, whole: list[str]) ->
         use_rslora=lora.use_rslora,
     )
     return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def _continue_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    try:
+        peft = PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"lora_path: {path} does not fit this model: {error}") from error
+    peft.peft_config["default"].base_model_name_or_path = model.name_or_path
+    return peft
 
 
 def _check_adapter(path: str, whole: list[str], family: Family) -> None:

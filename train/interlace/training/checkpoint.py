@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -14,7 +16,15 @@ from interlace.model.loading import Processing, hub_name, save_model, save_proce
 from interlace.model.tuning import TunedModel
 
 RECORDS = ("arguments.json", "environment.json", "ledger.json", "trainer_state.json", "train_results.json", "all_results.json", "training_curves.png")
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 STATE_FILE = "trainer_state.json"
+# A resumed run goes on with the same weights, rows and order
+FIXED_KEYS = (
+    *("model_name_or_path", "lora", "lora_path", "lora_rank", "lora_target_modules", "use_dora", "load_in_4bit", "load_in_8bit"),
+    *("tunable_parts", "freeze_include", "freeze_exclude", "optim"),
+    *("dataset", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
+    *("packing", "per_device_train_batch_size", "max_tokens_per_batch"),
+)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -23,18 +33,21 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def check_output_dir(output_dir: Path, resumes: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds another run.
+def check_output_dir(output_dir: Path, resumes: bool, overwrite: bool, sources: Sequence[str]) -> None:
+    """Refuses a folder that holds another run or a model, and always one that the run starts from (`sources`).
 
     Raises:
         InputError: it is a file, or holds a run and neither resuming nor overwriting was asked for.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir: {output_dir} is a file; expected a folder, new or empty")
-    held = [name for name in RECORDS if (output_dir / name).exists()] + [path.name for path in output_dir.glob("checkpoint-*")]
+    for source in sources:
+        if output_dir.resolve() == Path(source).resolve():
+            raise InputError(f"output_dir: {output_dir} is what this run starts from; choose another folder")
+    held = [path.name for pattern in (*RECORDS, *MODEL_FILES, "checkpoint-*") for path in output_dir.glob(pattern)]
     if held and not resumes and not overwrite:
         raise InputError(
-            f"output_dir: {output_dir} already holds a run ({', '.join(held[:3])}); choose another folder, "
+            f"output_dir: {output_dir} already holds a run or a model ({', '.join(held[:3])}); choose another folder, "
             "or set resume_from_checkpoint: true to go on, or overwrite_output_dir: true to start over"
         )
 
@@ -61,12 +74,28 @@ def finished_steps(output_dir: Path) -> int:
     return int(json.loads(path.read_text(encoding="utf-8"))["global_step"]) if path.is_file() else 0
 
 
+def check_resume(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuses to resume with other data, order or trained weights than the run began with.
+
+    Raises:
+        InputError: the keys that changed, with what they were and are.
+    """
+    path = checkpoint.parent / "arguments.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{name}: was {before.get(name)!r}, is {arguments[name]!r}" for name in FIXED_KEYS if before.get(name) != arguments[name]]
+    if changed:
+        raise InputError(f"{checkpoint} belongs to a run with other settings; change them back, or start over in another output_dir\n  " + "\n  ".join(changed))
+
+
 def clear_run(output_dir: Path) -> None:
-    """Removes an earlier run's records and checkpoints, so that nothing of it can be taken for the new run's."""
+    """Removes an earlier run's records, model and checkpoints, so that nothing of it can be taken for the new run's."""
     for path in output_dir.glob("checkpoint-*"):
         shutil.rmtree(path)
-    for name in RECORDS:
-        (output_dir / name).unlink(missing_ok=True)
+    for pattern in (*RECORDS, *MODEL_FILES):
+        for path in output_dir.glob(pattern):
+            path.unlink()
 
 
 def save_tuned(tuned: TunedModel, processing: Processing, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from interlace.arguments import Arguments, is_main_process, list_value, without_secrets
 from interlace.data.dataset import Row, RowReader, load_rows
@@ -17,7 +17,7 @@ from interlace.data.packing import Plan, token_budget
 from interlace.errors import InputError
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.checkpoint import check_output_dir, clear_run, find_resume, finished_steps
+from interlace.training.checkpoint import check_output_dir, check_resume, clear_run, find_resume, finished_steps
 from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
 
@@ -30,8 +30,11 @@ def finetune(arguments: Arguments) -> None:
     """
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     if is_main_process():
-        check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"])
+        sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+        check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources)
     resume = find_resume(output_dir, arguments["resume_from_checkpoint"])
+    if resume is not None:
+        check_resume(resume, without_secrets(arguments))
     args = training_arguments(arguments)
     processing = load_processing(path, arguments["system_prompt"], arguments["label_policy"], arguments["trust_remote_code"])
     reader = row_reader(arguments, processing)
@@ -46,22 +49,48 @@ def finetune(arguments: Arguments) -> None:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
     tuned = load_tuned_model(path, arguments, args)
     describe(tuned, train, ledger, args)
-    if args.process_index == 0:
-        prepare_output(output_dir, arguments, ledger)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     tracker = ArgumentsToTracker(without_secrets(arguments))
-    trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
+    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, tracker, int(total_steps))
+    if args.process_index == 0:
+        prepare_output(output_dir, arguments, ledger)
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
         tuned.packed.checkpoint_tower()
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model()
-    if trainer.is_world_process_zero():
+    if args.process_index == 0:
         copy_licence(path, output_dir)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
         report(trainer, output_dir, result.metrics)
+
+
+def build_trainer(
+    tuned: TunedModel,
+    processing: Processing,
+    args: TrainingArguments,
+    train: PlannedRows,
+    evaluation: PlannedRows | None,
+    rates: dict[str, float | None],
+    tracker: ArgumentsToTracker,
+    total_steps: int,
+) -> PackedTrainer:
+    """The trainer with its optimizer; the schedule is tried out, so that all that can be wrong with the arguments is wrong before the first write.
+
+    Raises:
+        InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
+    """
+    try:
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
+        trainer.create_optimizer()
+        trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        settings: Any = args.lr_scheduler_kwargs or {}
+        get_scheduler(args.lr_scheduler_type, trial, args.get_warmup_steps(total_steps), total_steps, scheduler_specific_kwargs=settings)
+    except (ValueError, ImportError, TypeError, KeyError) as error:
+        raise InputError(f"report_to, optim or lr_scheduler_type cannot be had with these arguments: {error}") from error
+    return trainer
 
 
 def say(text: str) -> None:
@@ -93,8 +122,11 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     transformers.logging.set_verbosity_error()
     try:
         args = TrainingArguments(**values)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"the arguments do not go together: {error}") from error
+    if args.n_gpu > 1:
+        say(f"{args.n_gpu} GPUs, one process: training on the first; use all with torchrun --nproc_per_node {args.n_gpu} train/supervised_finetune.py ...")
+        args._n_gpu = 1  # the Trainer would split packed batches over them
     args.do_train = True
     return args
 
@@ -134,7 +166,10 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     """The model with what learns set: full or LoRA, quantised or not."""
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     bits = quantization(arguments["load_in_4bit"], arguments["load_in_8bit"], compute)
-    model = load_model(path, compute if arguments["lora"] else torch.float32, bits, arguments["trust_remote_code"])
+    mixed = compute is not torch.float32
+    # a fully tuned model is saved whole: what is frozen in it stays as it is stored, never rounded
+    dtype: torch.dtype | str = "auto" if mixed and not arguments["lora"] else compute
+    model = load_model(path, dtype, bits, arguments["trust_remote_code"])
     targets = arguments["lora_target_modules"]
     lora = Lora(
         arguments["lora_rank"],
@@ -147,7 +182,7 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     torch.manual_seed(args.seed)
     parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
     wanted = lora if arguments["lora"] and not arguments["lora_path"] else None
-    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, compute)
+    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute)
 
 
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:

@@ -70,12 +70,16 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "packages": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "gpus": devices, "cuda": torch.version.cuda},
     }
 
