@@ -342,3 +342,28 @@ def test_sample_keeps_parts_in_order() -> None:
     sample: Sample = FORMATS["chatml"]({"image": ["1", "2"], "conversations": [["a<image>b", "c"], ["<image>d", "e"]]})
     assert sample.turns[0].parts == (Text("a"), Image("1"), Text("b"))
     assert sample.images == (Image("1"), Image("2"))
+
+
+def test_names_that_are_no_paths_and_half_characters_make_bad_rows(tmp_path: Path, qwen: Any) -> None:
+    for path in ("iVBORw0KGgo" * 400, "a" * 300, "x\0y.png"):
+        with pytest.raises(BadRow, match="bad_image"):
+            locate(path, (tmp_path,))
+    with pytest.raises(BadRow, match="bad_text"):
+        ChatTemplate(qwen, 151646).text_ids("half \ud800 an emoji")
+
+
+def test_postscript_is_no_image_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(BadRow, match="broken_image"):
+        check_image(tmp_path / "x.png", 10**6)
+
+
+def test_rows_and_collators_reach_spawned_workers(tiny_dir: Path) -> None:
+    import pickle
+
+    from interlace.data.batch import Collator
+    from interlace.model.loading import load_processing
+
+    processing = load_processing(str(tiny_dir))
+    processing.template.text_ids("remembered")
+    assert pickle.loads(pickle.dumps(Collator(processing.process_images, 3))).image_token_id == 3

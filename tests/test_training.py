@@ -320,3 +320,56 @@ def test_an_adapter_learns_on_a_quantised_base(make_arguments: Make, rows_file: 
     assert all("language_model" in name for name in quantised), "vision tower, projector and head stay whole"
     finetune(arguments)
     assert losses(arguments["output_dir"])[-1] < losses(arguments["output_dir"])[0]
+
+
+def test_resuming_with_other_settings_is_refused_and_nothing_changes(make_arguments: Make, rows_file: Path) -> None:
+    arguments = make_arguments(rows_file, **LORA, save_strategy="steps", save_steps=2)
+    finetune(arguments)
+    folder = Path(arguments["output_dir"])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    changed = {**arguments, "resume_from_checkpoint": True, "max_steps": 8, "lora_rank": 8, "seed": 7}
+    with pytest.raises(InputError, match=r"lora_rank: was 4, is 8(.|\n)*seed: was 42, is 7"):
+        finetune(changed)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_folder_that_holds_the_model_is_never_an_output_dir(make_arguments: Make, rows_file: Path, tiny_dir: Path) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="what this run starts from"):
+            finetune(make_arguments(rows_file, output_dir=str(tiny_dir), overwrite_output_dir=overwrite))
+
+
+@pytest.mark.parametrize("changes", [{"report_to": "wandbb"}, {"lr_scheduler_type": "cosine_with_min_lr"}, {"optim": "galore_adamw"}])
+def test_what_transformers_refuses_is_refused_before_anything_is_written(make_arguments: Make, rows_file: Path, changes: dict[str, Any]) -> None:
+    arguments = make_arguments(rows_file, **changes)
+    with pytest.raises(InputError, match="cannot be had"):
+        finetune(arguments)
+    assert not list(Path(arguments["output_dir"]).glob("*"))
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(make_arguments: Make, rows_file: Path) -> None:
+    arguments = make_arguments(rows_file, **LORA)
+    finetune(arguments)
+    finetune(make_arguments(rows_file, overwrite_output_dir=True))
+    names = {path.name for path in Path(arguments["output_dir"]).iterdir()}
+    assert "model.safetensors" in names
+    assert not any(name.startswith("adapter") for name in names)
+
+
+def test_a_frozen_weight_freezes_its_adapter_and_unused_tower_layers_never_train(make_arguments: Make, rows_file: Path) -> None:
+    changes = {"tunable_parts": ALL_PARTS, "freeze_include": ["*language_model.layers.0.*"]}
+    arguments = make_arguments(rows_file, **LORA, **changes)
+    tuned = load_tuned_model(arguments["model_name_or_path"], arguments, training_arguments(arguments))
+    learns = {name for name, parameter in tuned.base.named_parameters() if parameter.requires_grad}
+    assert any("layers.1" in name and "lora_A" in name for name in learns)
+    assert not any("language_model.layers.0" in name for name in learns)
+    assert any("vision_tower" in name for name in learns)
+    assert not any("post_layernorm" in name for name in learns)
+
+
+def test_a_fully_tuned_model_keeps_frozen_weights_as_they_were_stored(make_arguments: Make, rows_file: Path, tiny_dir: Path) -> None:
+    arguments = make_arguments(rows_file, bf16=True, tunable_parts="projector")
+    finetune(arguments)
+    before, after = weights(tiny_dir), weights(arguments["output_dir"])
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "projector" not in name}
