@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", INTERLACE_CACHE=tempfile.mkdtemp(prefix="interlace-tests-"))
 
 import dashscope
 import numpy as np
@@ -34,6 +36,10 @@ from interlace.model.loading import Processing, save_model, save_processing
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "model"
 IMAGE_TOKENS = 4
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["INTERLACE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The packed forward pass against separate sequences, plain Hugging Face, naive masks: tiny model, float32 on the CPU."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from interlace.arguments import SCHEMA_PATH
 from interlace.data.batch import Collator, PackedBatch, Segment
-from interlace.data.dataset import Row, load_rows
+from interlace.data.dataset import load_rows
+from interlace.data.reading import Row
+from interlace.data.sources import read_entries
 from interlace.model.attention import dense_mask, sdpa_segments
 from interlace.model.forward import PackedModel, RowScores, model_inputs
 from interlace.model.loading import load_model, load_processing
@@ -27,8 +31,10 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 def rows(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Rows with 0, 1, 2 and 3 images, twice."""
     path = write_rows(tmp_path_factory.mktemp("data"), 8)
-    arguments = {"max_length": 512, "too_long": "error", "max_image_pixels": 10**6, "bad_rows": "error", "max_bad_rows": None}
-    return load_rows([{"data_files": str(path)}], row_reader(arguments, load_processing(str(tiny_dir))), arguments, 0, False)[0]
+    spec = json.loads(SCHEMA_PATH.read_text())["properties"]
+    arguments = {name: key.get("default") for name, key in spec.items()} | {"max_length": 512, "too_long": "error"}
+    sources = read_entries([{"data_files": str(path)}], 0)
+    return list(load_rows(sources, row_reader(arguments, load_processing(str(tiny_dir))), arguments, False)[0])
 
 
 def collate(tiny_dir: Path, rows: Sequence[Row]) -> PackedBatch:
@@ -150,16 +156,16 @@ def test_a_frozen_tower_sees_each_distinct_image_once_and_stays_out_of_the_graph
     assert tuned.tower is not None
     tuned.tower.module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape[0], output.last_hidden_state.requires_grad)))
     score(tuned, batch)
-    distinct = len({path for row in rows for path in row.image_paths})
+    distinct = len({path for row in rows for path in row.images})
     assert seen == [(distinct, False)]
-    assert batch.num_images == 2 * sum(len(row.image_paths) for row in rows) > distinct
+    assert batch.num_images == 2 * sum(len(row.images) for row in rows) > distinct
     assert not any("vision_tower" in name for name, _ in tuned.packed.named_parameters())
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_text_only_batches_give_every_parameter_a_gradient_and_change_no_value(tiny_dir: Path, rows: list[Row], setup: str) -> None:
     tuned = tuned_model(tiny_dir, **SETUPS[setup])
-    text = [row for row in rows if not row.image_paths]
+    text = [row for row in rows if not row.images]
     loss, found = backward(tuned, [collate(tiny_dir, text)])
     trained = {name for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad}
     assert set(found) == trained
@@ -201,7 +207,7 @@ def test_swapping_an_image_moves_only_rows_that_show_it(tiny_dir: Path, rows: li
         inputs["image_features"] = inputs["image_features"].clone()
         inputs["image_features"][0] += 1
         after = tuned.packed(**inputs).log_probs
-    paths = [row.image_paths for row in rows[:4]]
+    paths = [row.images for row in rows[:4]]
     first = next(path for group in paths for path in group)
     shows = torch.tensor([first in group for group in paths])[batch.sequence_index]
     assert torch.equal(before[~shows], after[~shows])
@@ -283,7 +289,7 @@ def test_packed_batch_is_what_its_rows_say(tiny_dir: Path, rows: list[Row], demo
     image = demo_tokenizer.convert_tokens_to_ids("<image>")
     assert (batch.input_ids == image).sum() == len(batch.image_positions) == sum(sum(row.image_tokens) for row in rows)
     assert batch.pixel_values is not None
-    assert len(batch.pixel_values) == len({path for row in rows for path in row.image_paths})
+    assert len(batch.pixel_values) == len({path for row in rows for path in row.images})
 
 
 def test_fillers_of_the_plan_weigh_nothing(tiny_dir: Path, rows: list[Row]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from interlace.data.sample import media_of
 from interlace.inference.chat import Dialogue, run_terminal
 from interlace.inference.generation import load_generator
 from interlace.inference.metrics import exact_match, score
@@ -130,8 +131,8 @@ def test_chat_sees_images_in_place_over_rounds(tmp_path: Path, capsys: pytest.Ca
     assert "gone.png: no such image" in shown
     assert "2 <image> in the question, 1 images attached" in shown
     assert [turn.role for turn in dialogue.turns] == ["user", "assistant", "user", "assistant"]
-    assert [image.path for turn in dialogue.turns for image in turn.images] == pictures
-    ids = dialogue.generator.prompt_ids(dialogue.turns[:-1])
+    assert [image.path for image in media_of(dialogue.turns)] == pictures
+    ids = dialogue.generator.prompt(dialogue.turns[:-1]).input_ids
     assert ids.count(dialogue.generator.processing.config.image_token_id) == 12
     dialogue.clear()
     assert dialogue.turns == []

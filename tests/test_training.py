@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from interlace.data.media import open_image
+from interlace.data.sample import Place
 from interlace.errors import InputError
 from interlace.inference.generation import load_generator
 from interlace.model.loading import load_for_inference
@@ -194,7 +195,7 @@ def test_merged_equals_adapter_and_loads_with_plain_auto_classes(make_arguments:
     merge(arguments["output_dir"], tmp_path / "merged")
     merged, processor = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval(), AutoProcessor.from_pretrained(tmp_path / "merged")
     adapted = load_for_inference(arguments["output_dir"], torch.float32)
-    pictures = [open_image(rows_file.parent / "pictures" / f"{i}.png") for i in (1, 2)]
+    pictures = [open_image(Place(str(rows_file.parent / "pictures" / f"{i}.png"))) for i in (1, 2)]
     content = [{"type": "image"}, {"type": "text", "text": "\nand "}, {"type": "image"}, {"type": "text", "text": "?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=text, images=pictures, return_tensors="pt")
@@ -214,10 +215,10 @@ def test_the_saved_processor_gives_the_trained_ids(make_arguments: Make, rows_fi
     from interlace.data.sample import Image, Text, Turn
 
     picture = rows_file.parent / "pictures" / "3.png"
-    ours = generator.prompt_ids([Turn("user", (Text("See "), Image(str(picture)), Text("\nWhat?")))])
+    ours = generator.prompt([Turn("user", (Text("See "), Image(str(picture)), Text("\nWhat?")))]).input_ids
     content = [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "\nWhat?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    theirs = processor(text=text, images=[open_image(picture)], return_tensors="pt")["input_ids"][0].tolist()
+    theirs = processor(text=text, images=[open_image(Place(str(picture)))], return_tensors="pt")["input_ids"][0].tolist()
     assert ours == theirs
 
 
@@ -260,6 +261,7 @@ def test_an_offline_wandb_run_holds_metrics_and_arguments(make_arguments: Make, 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     finetune(make_arguments(rows_file, **LORA, report_to="wandb", hub_token="hf_secret"))
     wandb.finish()
+    wandb.teardown()  # the file is whole once the service behind it has ended
     (path,) = tmp_path.rglob("*.wandb")
     keys, config = set(), {}
     for record in wandb_records(path):

@@ -19,12 +19,19 @@ def key(default: Any, help: str, **limits: Any) -> Any:
 class DatasetEntry:
     """One entry of `dataset.train` or `dataset.eval`."""
 
-    data_files: str | list[str] = key("", 'A path, a list of paths, a glob, or "demo".')
+    data_files: str | list[str] = key(
+        "", 'A path, a list of paths, a glob, a brace list, a yaml mixture, a folder that `datasets` saved, a hub data set, or "demo".'
+    )
     name: str | None = key(None, "A name for logs and metrics; PaddleMIX's `chatml_dataset` also sets the format.")
-    format: Literal["llava", "chatml", "messages"] | None = key(None, "The record format; recognised from the first record without it.")
+    format: Literal["llava", "chatml", "messages", "swift", "alpaca", "prompt_completion", "preference"] | None = key(
+        None, "The record format; without it, each row's own keys tell."
+    )
     image_folder: str | None = key(None, "Where image paths start; without it, the data file's folder.")
-    media_roots: list[str] = key([], "Further folders that image paths may point into.")
-    split: Literal["pretrain", "train", "validation", "test"] | None = key(None, 'Which set of the demo, with data_files "demo".')
+    video_folder: str | None = key(None, "Where video paths start; without it, image_folder.")
+    media_roots: list[str] = key([], "Further folders that media paths may point into.")
+    split: str | None = key(None, 'Which split of a hub data set, or of the demo: "pretrain", "train", "validation", "test".')
+    subset: str | None = key(None, "Which configuration of a hub data set.")
+    weight: float = key(1.0, "How often each row comes in an epoch; a fraction is that share of the rows, drawn anew each epoch.", exclusiveMinimum=0)
     sampling_strategy: str = key("all", "`all`, `first:N`, `end:N`, `random:N`; N may be a percentage such as `10%`.")
 
 
@@ -63,12 +70,23 @@ class DataFields:
 
     dataset: dict[str, Any] = key({}, "`train`: a list of entries; `eval`: a list of entries.")
     max_length: int = key(4096, "Longest row in tokens, an image counted as all of its tokens.", minimum=2)
-    too_long: Literal["drop_turns", "drop_row", "error"] = key("drop_turns", "What to do with a longer row: drop whole turns from its end, skip it, or stop.")
+    too_long: Literal["drop_turns", "drop_row", "error", "fewer_frames"] = key(
+        "drop_turns", "What to do with a longer row: drop whole turns from its end, skip it, stop, or first take fewer frames of its videos."
+    )
     bad_rows: Literal["error", "skip"] = key(
         "error", "What to do with a bad row (missing or broken file, wrong placeholders, nothing to learn): stop, or leave it out and list it."
     )
     max_bad_rows: int | None = key(None, "With bad_rows `skip`: stop all the same above this number.", minimum=0)
-    max_image_pixels: int = key(50_000_000, "Images with more pixels are bad: their header alone is read.", minimum=1)
+    max_image_pixels: int = key(50_000_000, "Images with more pixels are bad: their header alone is read.", minimum=1, maximum=178_956_970)
+    num_frames: int = key(16, "Frames of a video, evenly spread; each counts as an image.", minimum=1)
+    video_fps: float | None = key(None, "Frames per second of a video instead, num_frames at most.", exclusiveMinimum=0)
+    image_aspect_ratio: str | None = key(
+        None, "How an image becomes the model's size: `squash` or `pad` (to a square, with the mean colour); default: the model's own."
+    )
+    allow_urls: bool = key(False, "Download images and videos that the data names by URL, into cache_dir. Only you can open this door.")
+    allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")
+    cache_dir: str | None = key(None, "Where checked rows, embedded media and downloads are kept; default: $INTERLACE_CACHE, else ~/.cache/interlace.")
+    preprocessing_num_workers: int | None = key(None, "Processes that check rows before training; default: one per core, 16 at most.", minimum=0)
     prompt_style: Literal["chatml"] = key("chatml", "How turns are written.")
     system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else "You are a helpful assistant."; "" for none.')
     label_policy: Literal["assistant", "llava_next", "last_turn"] = key(

@@ -223,6 +223,7 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         (a["max_bad_rows"] is not None and a["bad_rows"] != "skip", "max_bad_rows needs bad_rows: skip"),
         (bool(a["resume_from_checkpoint"]) and a["overwrite_output_dir"], "resume_from_checkpoint and overwrite_output_dir: choose one"),
         (a["max_tokens_per_batch"] is not None and not a["packing"], "max_tokens_per_batch needs packing"),
+        (a["allowed_url_hosts"] and not a["allow_urls"], "allowed_url_hosts needs allow_urls: true"),
         (a["dataloader_num_workers"] == 0 and a["dataloader_prefetch_factor"] is not None, "dataloader_prefetch_factor needs dataloader_num_workers"),
     ]
     problems = [message for holds, message in pairs if holds]

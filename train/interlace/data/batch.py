@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
-from interlace.data.dataset import Row, distinct_images
 from interlace.data.lengths import expand
-from interlace.data.media import open_image
+from interlace.data.media import open_images
+from interlace.data.reading import Row
+from interlace.data.sample import BadRow, Place
+from interlace.errors import InputError
 
 ProcessImages = Callable[[list[PIL.Image.Image]], torch.Tensor]
 
@@ -92,8 +94,8 @@ class Collator:
         supervised[[segment.start for segment in segments]] = False  # no predecessor in its segment
         targets = supervised.nonzero()[:, 0]
         sequence = torch.repeat_interleave(torch.tensor([segment.end - segment.start for segment in segments]))
-        paths = distinct_images(rows)
-        number = {path: i for i, path in enumerate(paths)}
+        places = distinct_images(rows)
+        number = {place: i for i, place in enumerate(places)}
         return PackedBatch(
             input_ids=input_ids.long()[None],
             position_ids=torch.cat([torch.arange(segment.end - segment.start) for segment in segments])[None],
@@ -103,10 +105,22 @@ class Collator:
             weights=weights[targets],
             sequence_index=sequence[targets],
             row_numbers=tuple(index for index, _ in numbered),
-            pixel_values=self.process_images([open_image(path) for path in paths]) if paths else None,
-            image_index=torch.tensor([number[path] for row in rows for path in row.image_paths], dtype=torch.long),
+            pixel_values=self._pixels(places, rows) if places else None,
+            image_index=torch.tensor([number[place] for row in rows for place in row.images], dtype=torch.long),
             image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
         )
+
+    def _pixels(self, places: list[Place], rows: Sequence[Row]) -> torch.Tensor:
+        try:
+            return self.process_images(open_images(places))
+        except BadRow as error:
+            users = ", ".join(f"{row.file}: row {row.index}" for row in rows if any(place.path in error.detail for place in row.images))
+            raise InputError(f"{users}: {error.detail}; its header was whole when the run began. Mend the file, or start again with bad_rows: skip") from None
+
+
+def distinct_images(rows: Sequence[Row]) -> list[Place]:
+    """Every image place of some rows once, in order of first use."""
+    return list(dict.fromkeys(place for row in rows for place in row.images))
 
 
 class NumberedRows(torch.utils.data.Dataset[tuple[int, Row]]):

@@ -1,139 +1,238 @@
-"""The rows the model will see: every record read, checked and accounted for before training."""
+"""The rows the model will see: every record read, checked and accounted for before training, in parallel, and kept on disk."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import psutil
+import pyarrow as pa
+from filelock import FileLock
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from interlace.data.formats import FORMATS
 from interlace.data.ledger import Entry, Ledger
-from interlace.data.lengths import TooLong, expanded_length, fit
-from interlace.data.media import check_image, locate
-from interlace.data.sample import BadRow, Sample
-from interlace.data.sources import Record, read_entries
-from interlace.data.template import ChatTemplate, Encoded
+from interlace.data.lengths import TooLong
+from interlace.data.reading import Headers, Record, Row, RowReader
+from interlace.data.sources import Source
+from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, to_batch
 from interlace.errors import InputError
 
-ImageTokens = Callable[[int, int], int]
 _SHOWN = 20
+_ROWS_PER_CHUNK = 256
+_SMALL_BYTES = 1 << 20  # below this, starting workers takes longer than reading
+Chunk = tuple[int, pa.RecordBatch | InputError, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """An admitted row. `image_paths` are absolute; `image_tokens` counts the tokens of each; `length` is in expanded tokens."""
-
-    file: str
-    index: int
-    encoded: Encoded
-    image_paths: tuple[str, ...]
-    image_tokens: tuple[int, ...]
-    length: int
-
-    @property
-    def supervised_tokens(self) -> int:
-        """How many tokens the loss of this row counts (the first token of a row has no predecessor to predict it)."""
-        return int((self.encoded.labels[1:] >= 0).sum())
+def default_cache_dir() -> Path:
+    """Where rows are kept: $INTERLACE_CACHE, else a folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("INTERLACE_CACHE") or Path(home) / "interlace")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one record: its sample and row if it is admitted, and the ledger entry if it is not simply trained."""
+class Rows(Sequence[Row]):
+    """The admitted rows of some stores, in order; each is read from disk when it is asked for.
 
-    record: Record
-    sample: Sample | None
-    row: Row | None
-    entry: Entry | None
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """Turns records into rows.
-
-    Args:
-        template: writes the prompt.
-        image_tokens: (width, height) -> number of tokens of an image.
-        max_length, too_long: the length policy, in expanded tokens.
-        max_image_pixels: larger images are bad.
+    `lengths`, `num_images` and `supervised` (N,) count each row's tokens, images and supervised tokens; `copies` (N,) says how often it comes in an epoch.
     """
 
-    template: ChatTemplate
-    image_tokens: ImageTokens
-    max_length: int
-    too_long: TooLong
-    max_image_pixels: int
+    def __init__(self, stores: Sequence[Store], weights: Sequence[float]):
+        self.stores = list(stores)
+        positions = [np.flatnonzero(store.column("status") != SKIPPED) for store in self.stores]
+        self._positions = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+        self._store = np.repeat(np.arange(len(self.stores)), [len(part) for part in positions])
+        self.lengths, self.num_images, self.supervised = (self._admitted(name, positions) for name in ("length", "num_images", "supervised"))
+        self.copies = np.asarray(weights, np.float64)[self._store]
 
-    def read(self, record: Record, checked: dict[Path, tuple[int, int] | BadRow]) -> Outcome:
-        """The outcome of one record; `checked` remembers the images already opened."""
-        try:
-            if not isinstance(record.value, dict):
-                raise BadRow("not_an_object", f"expected an object, got {type(record.value).__name__}")
-            sample = FORMATS[record.format](record.value)
-            located = {image: locate(image.path, record.roots) for image in sample.images}
-            sizes = {path: self._size(path, checked) for path in located.values()}
-            encoded, paths = self.template.encode(sample), [located[image] for image in sample.images]
-            tokens = [self.image_tokens(*sizes[path]) for path in paths]
-            kept, shortened = fit(encoded, tokens, self.template.image_token_id, self.max_length, self.too_long)
-        except BadRow as error:
-            return Outcome(record, None, None, Entry(record.file, record.index, "skipped", error.reason, error.detail))
-        count = len(kept.images)
-        tokens, names = tokens[:count], tuple(str(path) for path in paths[:count])
-        row = Row(record.file, record.index, kept, names, tuple(tokens), expanded_length(kept, tokens))
-        reason = "too_long" if shortened else "opening_assistant_turn" if sample.note else None
-        detail = "; ".join(text for text in (sample.note, shortened) if text)
-        return Outcome(record, sample, row, Entry(record.file, record.index, "shortened", reason, detail) if reason else None)
+    def _admitted(self, name: str, positions: Sequence[np.ndarray]) -> np.ndarray:
+        columns = [store.column(name)[part] for store, part in zip(self.stores, positions, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int64)
 
-    def _size(self, path: Path, checked: dict[Path, tuple[int, int] | BadRow]) -> tuple[int, int]:
-        if path not in checked:
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, number: int) -> Row:  # type: ignore[override]
+        return self.stores[self._store[number]].row(int(self._positions[number]))
+
+
+class _Entries:
+    """The ledger entries of some stores, read from disk whenever they are iterated."""
+
+    def __init__(self, stores: Sequence[Store]):
+        self.stores = stores
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for store in self.stores for entry in store.entries())
+
+
+def ledger_of(stores: Sequence[Store]) -> Ledger:
+    """The account of every row of some stores."""
+    status = Counter(value for store in stores for value in store.column("status").tolist())
+    reasons: Counter[str] = Counter()
+    for store in stores:
+        reasons.update(store.counts("reason"))
+    return Ledger(sum(status.values()), status[TRAINED], status[SHORTENED], status[SKIPPED], reasons, _Entries(stores))
+
+
+class _Chunks(IterableDataset[Chunk]):
+    """What becomes of every record, some hundred at a time; each worker reads all records and works on its share of the chunks."""
+
+    def __init__(self, sources: Sequence[Source], reader: RowReader):
+        self.sources, self.reader = sources, reader
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker, headers = get_worker_info(), Headers()
+        share, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        chunk = 0
+        for i, source in enumerate(self.sources):
+            waiting: list[Record] = []
+            position = 0.0
             try:
-                checked[path] = check_image(path, self.max_image_pixels)
-            except BadRow as error:
-                checked[path] = error
-        size = checked[path]
-        if isinstance(size, BadRow):
-            raise size
-        return size
+                for index, value, position in source.rows():
+                    waiting.append(Record(source, index, value))
+                    if len(waiting) == _ROWS_PER_CHUNK:
+                        if chunk % share == number:
+                            yield i, self._read(waiting, headers), position
+                        waiting, chunk = [], chunk + 1
+            except InputError as error:
+                if chunk % share == number:
+                    yield i, error, 1.0
+                chunk += 1
+                continue
+            if waiting:
+                if chunk % share == number:
+                    yield i, self._read(waiting, headers), 1.0
+                chunk += 1
 
-    def read_all(self, records: Sequence[Record], show_progress: bool) -> Iterable[Outcome]:
-        """The outcomes of all records, in order, with a progress bar."""
-        checked: dict[Path, tuple[int, int] | BadRow] = {}
-        for record in tqdm(records, desc="checking rows", unit="row", disable=not show_progress, leave=False):
-            yield self.read(record, checked)
+    def _read(self, records: list[Record], headers: Headers) -> pa.RecordBatch:
+        return to_batch([self.reader.read(record, headers) for record in records])
 
 
-def admit(outcomes: Iterable[Outcome], too_long: TooLong, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> tuple[list[Row], Ledger]:
-    """The rows to train on and the ledger of all; over-long rows are no bad rows.
+def make_stores(sources: Sequence[Source], reader: RowReader, cache_dir: Path, workers: int, show_progress: bool) -> list[Store]:
+    """The rows of all sources on disk: those that are there already, and those that are read and checked now.
+
+    Raises:
+        InputError: files that cannot be read at all, all named at once; or the cache folder cannot be written.
+    """
+    start = psutil.Process().create_time()
+    settings = reader.fingerprint()
+    folders = [cache_dir / "rows" / _key(source, settings) for source in sources]
+    try:
+        (cache_dir / "rows").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache_dir / "rows" / f"{hashlib.sha256(repr(folders).encode()).hexdigest()[:16]}.lock")
+        with lock:  # the first process makes them, the others wait and find them
+            missing = [i for i, folder in enumerate(folders) if not (folder / "source.json").is_file() or not Store(folder, "").is_current(start)]
+            if missing:
+                _build([sources[i] for i in missing], [folders[i] for i in missing], reader, workers, show_progress)
+    except OSError as error:
+        raise InputError(f"{cache_dir}: rows cannot be kept there: {error.strerror or error}; choose another folder with cache_dir") from error
+    return [Store(folder, source.file) for folder, source in zip(folders, sources, strict=True)]
+
+
+def _key(source: Source, settings: str) -> str:
+    taken = None if source.taken is None else hashlib.sha256(source.taken.tobytes()).hexdigest()
+    roots = [[str(root.resolve()) for root in group] for group in (source.image_roots, source.video_roots)]
+    return hashlib.sha256(repr([source.content_hash(), settings, source.format, roots, taken]).encode()).hexdigest()[:32]
+
+
+def _build(sources: list[Source], folders: list[Path], reader: RowReader, workers: int, show_progress: bool) -> None:
+    is_small = all(source.table is None and Path(source.file).is_file() and Path(source.file).stat().st_size < _SMALL_BYTES for source in sources)
+    loader = DataLoader(_Chunks(sources, reader), batch_size=None, collate_fn=_unchanged, num_workers=0 if is_small else workers)
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=float(len(sources)), desc="checking rows", bar_format=bar_format, disable=not show_progress, leave=False)
+    problems: list[str] = []
+    count, writing, scratch = 0, -1, Path()
+    writer: Any = None
+    with bar:
+        for i, batch, position in loader:
+            if isinstance(batch, InputError):
+                problems.append(str(batch))
+                continue
+            if i != writing:
+                _finish(writer, scratch, folders, sources, writing)
+                scratch = Path(tempfile.mkdtemp(prefix="making-", dir=folders[i].parent))
+                writer, writing = pa.ipc.new_file(str(scratch / "rows.arrow"), SCHEMA), i
+            writer.write_batch(batch)
+            count += batch.num_rows
+            bar.set_description_str(f"checking rows: {count:,}", refresh=False)
+            bar.update(i + position - bar.n)
+    _finish(writer, scratch, folders, sources, writing)
+    if problems:
+        raise InputError("\n  ".join(problems))
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk
+
+
+def _finish(writer: Any, scratch: Path, folders: Sequence[Path], sources: Sequence[Source], i: int) -> None:
+    """Closes a store and gives it its name: it is there whole or not at all."""
+    if writer is None:
+        return
+    writer.close()
+    (scratch / "source.json").write_text(json.dumps({"file": sources[i].file, "made": time.time()}) + "\n", encoding="utf-8")
+    scratch.chmod(0o755)
+    shutil.rmtree(folders[i], ignore_errors=True)
+    scratch.rename(folders[i])
+
+
+def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> None:
+    """Holds the ledger against the policy; over-long rows are no bad rows.
 
     Raises:
         InputError: bad rows (or over-long ones) that the policy does not allow, listed with file and index; or no row is left.
     """
-    rows: list[Row] = []
-    ledger, bad = Ledger(), []
-    for outcome in outcomes:
-        if outcome.row is not None:
-            rows.append(outcome.row)
-        ledger.count(outcome.entry)
-        if outcome.entry is not None and outcome.entry.status == "skipped" and (outcome.entry.reason != "too_long" or too_long == "error"):
-            bad.append(outcome.entry)
-    allowed = 0 if bad_rows == "error" else max_bad_rows
-    fatal = bad if allowed is not None and len(bad) > allowed else [entry for entry in bad if entry.reason == "too_long"]
-    if fatal:
+    bad = sum(count for reason, count in _skipped(ledger).items() if reason != "too_long")
+    long = _skipped(ledger)["too_long"] if too_long == "error" else 0
+    allowed = 0 if bad_rows == "error" else bad if max_bad_rows is None else max_bad_rows
+    if bad > allowed or long:
+        fatal = [e for e in ledger.entries if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason != "too_long" and bad > allowed))]
         lines = [f"{entry.file}: row {entry.index}: {entry.reason}: {entry.detail}" for entry in fatal[:_SHOWN]]
-        more = f"\n  and {len(fatal) - _SHOWN} more" if len(fatal) > _SHOWN else ""
+        more = f"\n  and {len(fatal) - _SHOWN:,} more" if len(fatal) > _SHOWN else ""
         remedy = "mend them, or set bad_rows: skip to leave them out and list them" if bad_rows == "error" else f"max_bad_rows is {max_bad_rows}"
-        raise InputError(f"{len(fatal)} of {ledger.rows} rows cannot be used; {remedy}\n  " + "\n  ".join(lines) + more)
-    if not rows:
+        raise InputError(f"{len(fatal):,} of {ledger.rows:,} rows cannot be used; {remedy}\n  " + "\n  ".join(lines) + more)
+    if ledger.rows == ledger.skipped:
         raise InputError(f"no row is left to use: {ledger.summary()}")
+
+
+def _skipped(ledger: Ledger) -> Counter[str]:
+    return Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
+
+
+def describe_formats(stores: Sequence[Store]) -> list[str]:
+    """One line for each source: which format its rows were read as."""
+    lines = []
+    for store in stores:
+        formats = ", ".join(f"{count:,} {name}" for name, count in sorted(store.counts("format").items(), key=lambda item: -item[1]))
+        lines.append(f"{store.file}: {len(store):,} rows" + (f" ({formats})" if formats else ""))
+    return lines
+
+
+def load_rows(sources: Sequence[Source], reader: RowReader, data: Mapping[str, Any], show_progress: bool) -> tuple[Rows, Ledger]:
+    """The rows of some sources and the account of all, by the keys `bad_rows`, `max_bad_rows` and those of `read_rows`.
+
+    Raises:
+        InputError: bad rows that the policy does not allow.
+    """
+    rows, ledger = read_rows(sources, reader, data, show_progress)
+    check_ledger(ledger, reader.too_long, data["bad_rows"], data["max_bad_rows"])
     return rows, ledger
 
 
-def load_rows(entries: list[Mapping[str, Any]], reader: RowReader, data: Mapping[str, Any], seed: int, show_progress: bool) -> tuple[list[Row], Ledger]:
-    """Reads, checks and admits the rows of dataset entries by the keys `bad_rows` and `max_bad_rows` of `data`."""
-    outcomes = reader.read_all(read_entries(entries, seed), show_progress)
-    return admit(outcomes, reader.too_long, data["bad_rows"], data["max_bad_rows"])
+def read_rows(sources: Sequence[Source], reader: RowReader, data: Mapping[str, Any], show_progress: bool) -> tuple[Rows, Ledger]:
+    """The rows of some sources and the account of all, whatever it says, by the keys `cache_dir` and `preprocessing_num_workers` of `data`.
 
-
-def distinct_images(rows: Iterable[Row]) -> list[str]:
-    """Every image path of some rows once, in order of first use."""
-    return list(dict.fromkeys(path for row in rows for path in row.image_paths))
+    Raises:
+        InputError: files that cannot be read at all.
+    """
+    cache_dir = Path(data["cache_dir"]) if data["cache_dir"] else default_cache_dir()
+    workers = data["preprocessing_num_workers"]
+    stores = make_stores(sources, reader, cache_dir, min(os.cpu_count() or 1, 16) if workers is None else workers, show_progress)
+    return Rows(stores, [source.weight for source in sources]), ledger_of(stores)

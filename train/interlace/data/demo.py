@@ -33,6 +33,7 @@ _ROWS = {
     "validation": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 200),
     "test": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 300),
 }
+SPLITS = tuple(_ROWS)
 LETTERS = "ABCD"
 Scans = dict[int, list[int]]  # digit -> scan numbers
 

@@ -8,12 +8,12 @@ import numpy as np
 from interlace.data.sample import BadRow
 from interlace.data.template import IGNORE_INDEX, Encoded
 
-TooLong = Literal["drop_turns", "drop_row", "error"]
+TooLong = Literal["drop_turns", "drop_row", "error", "fewer_frames"]
 
 
 def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:
     """Tokens of a row when each image counts as all of its tokens."""
-    return len(encoded.input_ids) - len(encoded.images) + sum(image_tokens)
+    return len(encoded.input_ids) - encoded.num_images + sum(image_tokens)
 
 
 def expand(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_
     length = expanded_length(encoded, image_tokens)
     if length <= max_length:
         return encoded, ""
-    if too_long != "drop_turns":
+    if too_long not in ("drop_turns", "fewer_frames") or encoded.leaf_starts:  # an answer of a preference pair cannot be left out
         raise BadRow("too_long", f"{length} tokens; max_length is {max_length}")
     is_image = encoded.input_ids == image_token_id
     extra = np.zeros(len(encoded.input_ids), np.int64)
@@ -48,5 +48,20 @@ def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_
     if (encoded.labels[1:end] == IGNORE_INDEX).all():
         raise BadRow("too_long", f"{length} tokens; what fits into max_length {max_length} holds no supervised token")
     dropped = len(encoded.exchange_ends) - len(fitting)
-    kept = Encoded(encoded.input_ids[:end], encoded.labels[:end], encoded.weights[:end], encoded.images[: int(is_image[:end].sum())], tuple(fitting))
+    kept = Encoded(
+        encoded.input_ids[:end], encoded.labels[:end], encoded.weights[:end], int(is_image[:end].sum()), tuple(fitting), encoded.answer_starts[: len(fitting)]
+    )
     return kept, f"{length} tokens; max_length is {max_length}; dropped {dropped} of {len(encoded.exchange_ends)} exchanges from the end"
+
+
+def most_frames(base_length: int, frame_tokens: Sequence[Sequence[int]], max_length: int) -> int:
+    """The most frames that every video of a row may have so that the row fits; at least 1, also where even that does not fit.
+
+    Args:
+        base_length: tokens of the row without the frames of its videos.
+        frame_tokens: for each video, the tokens of each of its frames.
+    """
+    most = max(map(len, frame_tokens))
+    while most > 1 and base_length + sum(sum(tokens[:most]) for tokens in frame_tokens) > max_length:
+        most -= 1
+    return most

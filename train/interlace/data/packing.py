@@ -7,6 +7,7 @@ plan's state is (epoch, step).
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -69,6 +70,7 @@ class Plan:
         seed: of the order of rows and batches.
         world_size, accumulation: their product is the number of micro-batches in a step.
         shuffle: False keeps rows in order (evaluation).
+        copies: how often each row comes in an epoch, a fraction for that share of such rows, drawn anew each epoch; None for once each.
     """
 
     def __init__(
@@ -82,9 +84,11 @@ class Plan:
         world_size: int = 1,
         accumulation: int = 1,
         shuffle: bool = True,
+        copies: Sequence[float] | np.ndarray | None = None,
     ):
         self.lengths, self.costs, self.budget, self.rows_per_batch = lengths, costs, budget, rows_per_batch
         self.seed, self.world_size, self.accumulation, self.shuffle = seed, world_size, accumulation, shuffle
+        self.copies = None if copies is None or all(copy == 1 for copy in copies) else np.asarray(copies)
         most, step = max(len(self._packed(epoch)) for epoch in range(epochs)), world_size * accumulation
         self.batches_per_epoch = -(-most // step) * step  # whole steps, so that the plan does not depend on the ranks
 
@@ -99,13 +103,28 @@ class Plan:
         return -(-self.batches_per_rank // self.accumulation)
 
     def _packed(self, epoch: int) -> list[MicroBatch]:
-        order = list(range(len(self.lengths)))
+        order = self._drawn(epoch)
         if self.shuffle:
             random.Random(f"{self.seed} rows {epoch}").shuffle(order)
         return pack(self.lengths, self.budget, order, self.rows_per_batch)
 
+    def _drawn(self, epoch: int) -> list[int]:
+        """The rows of an epoch, in order of their numbers."""
+        if self.copies is None:
+            return list(range(len(self.lengths)))
+        times = np.floor(self.copies).astype(np.int64)
+        for share in np.unique(self.copies - times):
+            rows = np.flatnonzero(self.copies - times == share)
+            times[random.Random(f"{self.seed} copies {epoch} {share}").sample(rows.tolist(), round(len(rows) * float(share)))] += 1
+        return np.repeat(np.arange(len(times)), times).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in the first epoch, copies counted."""
+        return len(self._drawn(0))
+
     def steps(self, epoch: int) -> list[list[MicroBatch]]:
-        """The epoch's optimizer steps; every row stands in exactly one micro-batch. `~row` is a filler: that row at zero weight."""
+        """The epoch's optimizer steps; every row drawn for the epoch stands in it as often as it was drawn. `~row` is a filler: that row at zero weight."""
         shortest = min(range(len(self.lengths)), key=self.lengths.__getitem__)
         batches = split_to(self._packed(epoch), self.batches_per_epoch, shortest)
         if self.shuffle:

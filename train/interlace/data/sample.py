@@ -1,5 +1,6 @@
 """The one canonical form of a row: turns whose parts stand in order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +16,36 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image at its place. `path` is as written in the data until `media.locate` makes it absolute."""
+    """One image at its place in the text: a path or URL as written in the data; with `data`, the encoded bytes themselves, and `path` is only their name."""
 
     path: str
+    data: bytes | None = None
 
 
-Part = Text | Image
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One video at its place in the text: a file, a folder of frames or a URL as written in the data; with `frames`, one image for each frame."""
+
+    path: str
+    data: bytes | None = None
+    frames: tuple[Image, ...] = ()
+
+
+Part = Text | Image | Video
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the encoded bytes of an image or a video lie.
+
+    `path` is absolute. `offset` and `size`, in bytes, say which part of the file (a tar member); size -1 is the whole file.
+    `pts` names one frame of a video by its presentation time in units of the stream's time base; None is an image.
+    """
+
+    path: str
+    offset: int = 0
+    size: int = -1
+    pts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +57,13 @@ class Turn:
     weight: float = 1.0
 
     @property
-    def images(self) -> tuple[Image, ...]:
-        return tuple(part for part in self.parts if isinstance(part, Image))
+    def media(self) -> tuple[Image | Video, ...]:
+        """Images and videos, in order."""
+        return tuple(part for part in self.parts if not isinstance(part, Text))
 
     @property
     def text(self) -> str:
-        """The text of all parts, images left out."""
+        """The text of all parts, media left out."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
@@ -50,9 +76,23 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
 
-    @property
-    def images(self) -> tuple[Image, ...]:
-        return tuple(image for turn in self.turns for image in turn.images)
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One prompt with a better and a worse answer. `rejected_prompt` is the prompt of the worse one where it differs (other images), else None."""
+
+    prompt: tuple[Turn, ...]
+    chosen: Turn
+    rejected: Turn
+    rejected_prompt: tuple[Turn, ...] | None = None
+    identifier: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+
+def media_of(turns: Sequence[Turn]) -> list[Image | Video]:
+    """Images and videos of some turns, in order."""
+    return [part for turn in turns for part in turn.media]
 
 
 class BadRow(Exception):

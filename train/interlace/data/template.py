@@ -6,6 +6,7 @@ generation is a prefix of the training ids. For the same reason an answer's lead
 would merge with the header's; other leading white space stays.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import BadRow, Image, Sample, Text, Turn
+from interlace.data.sample import BadRow, Image, PreferencePair, Sample, Text, Turn
 
 IGNORE_INDEX = -100
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
@@ -57,15 +58,19 @@ _JINJA = """
 class Encoded:
     """A row as ids; an image is one `image_token_id`, to be expanded when it is collated.
 
-    `input_ids`, `labels` (-100 where unsupervised, not shifted) and `weights` (of each label) are (length,) arrays; `images` in order;
-    `exchange_ends` are the positions behind each answer, where whole turns may be cut off.
+    `input_ids`, `labels` (-100 where unsupervised, not shifted), `weights` (of each label) are (length,) arrays; `num_images` counts image tokens;
+    `answer_starts` are the positions where each answer begins, `exchange_ends` those behind it, where whole turns may be cut off. In a preference
+    pair `leaf_starts` are the positions where the chosen and the rejected answer begin: both follow the prompt before them, which is empty when each
+    answer brings its own.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    images: tuple[Image, ...]
-    exchange_ends: tuple[int, ...]
+    num_images: int
+    exchange_ends: tuple[int, ...] = ()
+    answer_starts: tuple[int, ...] = ()
+    leaf_starts: tuple[int, ...] = ()
 
 
 class ChatTemplate:
@@ -119,7 +124,7 @@ class ChatTemplate:
         return ids
 
     def encode(self, sample: Sample) -> Encoded:
-        """Ids, labels and weights of a whole row.
+        """Ids, labels and weights of a whole row; each of its images is one token, and its videos have become images before.
 
         Raises:
             BadRow: a control token in the text, or nothing supervised.
@@ -127,7 +132,7 @@ class ChatTemplate:
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
-        ends = []
+        starts, ends = [], []
         turns = self._with_system(sample.turns)
         last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         for i, turn in enumerate(turns):
@@ -139,14 +144,36 @@ class ChatTemplate:
             weights += [turn.weight if turn.role == "assistant" and turn.weight > 0 else 1.0] * len(piece)
             if turn.role == "assistant":
                 ends.append(len(ids))
+                starts.append(len(ids) - len(body) - len(tail))
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise BadRow("nothing_supervised", "no token of this row would be learned: check `loss` and label_policy")
-        return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), np.array(weights, np.float32), sample.images, tuple(ends))
+        return _encoded(ids, labels, weights, self.image_token_id, tuple(ends), tuple(starts))
+
+    def encode_pair(self, pair: PreferencePair) -> Encoded:
+        """Prompt, chosen and rejected answer one behind the other; the answers and their `<|im_end|>` are supervised.
+
+        Raises:
+            BadRow: a control token in the text.
+        """
+        prompt = self.encode_prompt(pair.prompt)
+        answers = [[*self.text_ids(trim_answer(turn.text)), self.end] for turn in (pair.chosen, pair.rejected)]
+        own = [[], []] if pair.rejected_prompt is None else [prompt, self.encode_prompt(pair.rejected_prompt)]
+        ids, labels = (prompt, [IGNORE_INDEX] * len(prompt)) if pair.rejected_prompt is None else ([], [])
+        starts = []
+        for before, answer in zip(own, answers, strict=True):
+            starts.append(len(ids))
+            ids, labels = [*ids, *before, *answer], [*labels, *[IGNORE_INDEX] * len(before), *answer]
+        return _encoded(ids, labels, [1.0] * len(ids), self.image_token_id, leaf_starts=tuple(starts))
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids up to where the next answer begins; the same ids that `encode` puts before that answer."""
         ids = [token for turn in self._with_system(turns) for piece in self._pieces(turn) for token in piece]
         return [*ids, self.start, *self.text_ids("assistant\n")]
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the ids and labels of a conversation."""
+        settings = [self.system_prompt, self.label_policy, str(self.image_token_id), _JINJA]
+        return hashlib.sha256("\0".join([*settings, self.tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()  # type: ignore[attr-defined]
 
     def jinja(self) -> str:
         """The template to save with the model: renders every conversation to the ids of `encode`."""
@@ -167,11 +194,12 @@ class ChatTemplate:
         body: list[int] = []
         run = f"{turn.role}\n"
         for part in turn.parts:
-            if isinstance(part, Image):
-                body += [*self.text_ids(run), self.image_token_id]
-                run = ""
-            else:
+            if isinstance(part, Text):
                 run += part.text
+                continue
+            assert isinstance(part, Image), "a video becomes images before it is written"
+            body += [*self.text_ids(run), self.image_token_id]
+            run = ""
         return [self.start], body + self.text_ids(run), [self.end, *self.newline]
 
     def _labels(self, header: list[int], body: list[int], tail: list[int], supervised: bool) -> list[int]:
@@ -181,6 +209,19 @@ class ChatTemplate:
         # LLaVA-NeXT llava/train/train.py, preprocess_qwen: whole answers, and every newline, <|im_start|> and <|im_end|> anywhere
         always = {self.start, self.end, *self.newline}
         return [token if supervised or token in always else IGNORE_INDEX for token in ids]
+
+
+def _encoded(
+    ids: list[int],
+    labels: list[int],
+    weights: list[float],
+    image_token_id: int,
+    ends: tuple[int, ...] = (),
+    starts: tuple[int, ...] = (),
+    leaf_starts: tuple[int, ...] = (),
+) -> Encoded:
+    arrays = np.array(ids, np.int32), np.array(labels, np.int32), np.array(weights, np.float32)
+    return Encoded(*arrays, ids.count(image_token_id), ends, starts, leaf_starts)
 
 
 def trim_answer(text: str) -> str:

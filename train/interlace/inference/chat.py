@@ -7,7 +7,7 @@ from transformers import TextStreamer
 
 from interlace.data.formats import PLACEHOLDER
 from interlace.data.media import check_image
-from interlace.data.sample import BadRow, Image, Part, Text, Turn
+from interlace.data.sample import BadRow, Image, Part, Place, Text, Turn
 from interlace.errors import InputError
 from interlace.inference.generation import Generator
 
@@ -38,7 +38,7 @@ class Dialogue:
             if not Path(path).is_file():
                 raise InputError(f"{path}: no such image")
             try:
-                check_image(Path(path), 178_000_000)
+                check_image(Place(path), 178_000_000)
             except BadRow as error:
                 raise InputError(error.detail) from None
             images.append(Image(path))
@@ -58,7 +58,7 @@ class Dialogue:
         tokenizer = self.generator.processing.tokenizer
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
         try:
-            (answer,) = self.generator.answer([[*self.turns, turn]], self.max_new_tokens, streamer)
+            (answer,) = self.generator.answer([self.generator.prompt([*self.turns, turn])], self.max_new_tokens, streamer)
         except BadRow as error:
             raise InputError(error.detail) from None
         self.turns += [turn, Turn("assistant", (Text(answer),))]

@@ -7,11 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from interlace.data.dataset import Outcome, RowReader, admit
-from interlace.data.sample import Image, Part, Turn
+from interlace.data.dataset import check_ledger, default_cache_dir
+from interlace.data.ledger import Ledger
+from interlace.data.places import MediaFolder
+from interlace.data.reading import Outcome, RowReader, records_of
+from interlace.data.sample import Sample
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
-from interlace.inference.generation import Generator
+from interlace.inference.generation import Generator, Prompt
 from interlace.inference.metrics import score
 
 
@@ -22,22 +25,20 @@ def read_questions(entry: dict[str, Any], generator: Generator, max_length: int,
         InputError: bad rows, listed with file and index.
     """
     processing = generator.processing
-    reader = RowReader(processing.template, processing.image_tokens, max_length, "error", max_image_pixels)
-    outcomes = list(reader.read_all(read_entries([entry], 0), show_progress=True))
-    admit(outcomes, "error", "error", None)
+    kept = MediaFolder(default_cache_dir() / "media")
+    reader = RowReader(processing.template, processing.image_tokens, processing.image_settings, max_length, "error", max_image_pixels, kept)
+    records = tqdm(records_of(read_entries([entry], 0)), desc="checking rows", unit="row", leave=False)
+    outcomes = list(reader.outcomes(iter(records)))
+    check_ledger(Ledger.of([outcome.entry for outcome in outcomes]), "error", "error", None)
     return outcomes
 
 
-def question_of(outcome: Outcome) -> tuple[list[Turn], str]:
-    """The conversation before the last answer, its images as absolute paths; and that answer, the reference."""
-    assert outcome.sample is not None and outcome.row is not None
-    paths = iter(outcome.row.image_paths)
-    turns = [Turn(turn.role, tuple(_located(part, paths) for part in turn.parts), turn.weight) for turn in outcome.sample.turns]
-    return turns[:-1], turns[-1].text
-
-
-def _located(part: Part, paths: Any) -> Part:
-    return Image(next(paths)) if isinstance(part, Image) else part
+def question_of(outcome: Outcome, generator: Generator) -> tuple[Prompt, str]:
+    """The conversation before the last answer, and that answer, the reference."""
+    assert isinstance(outcome.sample, Sample) and outcome.row is not None
+    encoded = outcome.row.encoded
+    start = encoded.answer_starts[-1]
+    return Prompt(generator.expanded(encoded.input_ids[:start].tolist()), outcome.row.images), outcome.sample.turns[-1].text
 
 
 def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, max_new_tokens: int) -> list[dict[str, Any]]:
@@ -47,12 +48,12 @@ def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, 
     with tqdm(total=len(outcomes), desc="generating", unit="row", leave=False) as bar:
         for start in range(0, len(outcomes), batch_size):
             numbers = by_length[start : start + batch_size]
-            questions = [question_of(outcomes[i]) for i in numbers]
-            answers = generator.answer([turns for turns, _ in questions], max_new_tokens)
+            questions = [question_of(outcomes[i], generator) for i in numbers]
+            answers = generator.answer([prompt for prompt, _ in questions], max_new_tokens)
             for i, (_, reference), answer in zip(numbers, questions, answers, strict=True):
-                sample, record = outcomes[i].sample, outcomes[i].record
-                assert sample is not None
-                metadata = {"dataset": Path(record.file).stem, **sample.metadata, "num_images": len(sample.images)}
+                sample, record, row = outcomes[i].sample, outcomes[i].record, outcomes[i].row
+                assert sample is not None and row is not None
+                metadata = {"dataset": record.source.name, **sample.metadata, "num_images": len(row.images)}
                 predictions[i] = {
                     "id": sample.identifier or f"{record.file}:{record.index}",
                     "prediction": answer,

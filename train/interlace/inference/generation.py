@@ -9,14 +9,22 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from interlace.data.media import open_image
-from interlace.data.sample import Turn
+from interlace.data.media import open_images
+from interlace.data.sample import Image, Place, Turn, media_of
 from interlace.model.loading import Processing, load_for_inference, load_processing, quantization, resolve_model_path
 
 
 def default_device() -> torch.device:
     """The accelerator, or the CPU where there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to where an answer begins: expanded ids, and the images whose tokens are in them, in order."""
+
+    input_ids: list[int]
+    images: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -27,28 +35,34 @@ class Generator:
     processing: Processing
     device: torch.device
 
-    def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The expanded ids of a conversation up to where the next answer begins."""
-        image = self.processing.config.image_token_id
-        ids = self.processing.template.encode_prompt(turns)
-        return [token for single in ids for token in [single] * (self.processing.tokens_per_image if single == image else 1)]
-
-    @torch.no_grad()
-    def answer(self, conversations: Sequence[Sequence[Turn]], max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
-        """Greedy answers to conversations whose images are files; the paths in their turns are opened as they are.
+    def prompt(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation whose images are files, up to where the next answer begins.
 
         Raises:
             BadRow: a control token in the text.
-            OSError: an image that cannot be opened.
         """
-        prompts = [self.prompt_ids(turns) for turns in conversations]
-        longest = max(map(len, prompts))
+        places = tuple(Place(item.path) for item in media_of(turns) if isinstance(item, Image))
+        return Prompt(self.expanded(self.processing.template.encode_prompt(turns)), places)
+
+    def expanded(self, ids: Sequence[int]) -> list[int]:
+        """Ids with each image as all of its tokens."""
+        image = self.processing.config.image_token_id
+        return [token for single in ids for token in [single] * (self.processing.tokens_per_image if single == image else 1)]
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
+        """Greedy answers.
+
+        Raises:
+            BadRow: an image that cannot be opened.
+        """
+        longest = max(len(prompt.input_ids) for prompt in prompts)
         tokenizer = self.processing.tokenizer
         pad, end = tokenizer.pad_token_id, self.processing.template.end
         pad = end if pad is None else pad
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        images: list[PIL.Image.Image] = [open_image(image.path) for turns in conversations for turn in turns for image in turn.images]
+        ids = torch.tensor([[pad] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts], device=self.device)
+        images: list[PIL.Image.Image] = open_images([place for prompt in prompts for place in prompt.images])
         vision = {"pixel_values": self.processing.process_images(images).to(self.device, self.model.dtype)} if images else {}
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BaseImageProcessor,
     BitsAndBytesConfig,
+    LlavaImageProcessorPil,
     LlavaProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -48,6 +49,11 @@ class Processing:
     def image_tokens(self, width: int, height: int) -> int:
         """Number of tokens of an image of this size."""
         return self.tokens_per_image
+
+    @property
+    def image_settings(self) -> str:
+        """Names what `image_tokens` depends on."""
+        return f"{self.config.model_type} {self.tokens_per_image}"
 
     def process_images(self, images: list[PIL.Image.Image]) -> torch.Tensor:
         """RGB images -> (K, channels, height, width), float32."""
@@ -96,14 +102,21 @@ def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     return config
 
 
-def load_processing(path: str, system_prompt: str | None = None, label_policy: LabelPolicy = "assistant", trust_remote_code: bool = False) -> Processing:
+def load_processing(
+    path: str,
+    system_prompt: str | None = None,
+    label_policy: LabelPolicy = "assistant",
+    trust_remote_code: bool = False,
+    image_aspect_ratio: str | None = None,
+) -> Processing:
     """Tokenizer, image processor and template of a model or adapter directory.
 
     Args:
         system_prompt: None takes the one the model was trained with by Interlace, else "You are a helpful assistant.".
+        image_aspect_ratio: how images become the model's size; None leaves it to the image processor that comes with the model.
 
     Raises:
-        InputError: files are missing, or the tokenizer does not fit.
+        InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
     """
     config = load_config(base_of(path), trust_remote_code)
     try:
@@ -118,7 +131,26 @@ def load_processing(path: str, system_prompt: str | None = None, label_policy: L
         template = ChatTemplate(tokenizer, config.image_token_id, system_prompt, label_policy)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
+    if image_aspect_ratio is not None:
+        image_processor = with_aspect_ratio(image_processor, image_aspect_ratio, config)
     return Processing(tokenizer, image_processor, template, config, family_of(config).tokens_per_image(config))
+
+
+def with_aspect_ratio(image_processor: BaseImageProcessor, image_aspect_ratio: str, config: PretrainedConfig) -> BaseImageProcessor:
+    """An image processor that makes every image the model's square size: `squash` stretches it, `pad` first adds borders of the mean colour.
+
+    Both are saved as processors that other tools know: padding is Hugging Face's `LlavaImageProcessor`, the original code's `expand2square`.
+
+    Raises:
+        InputError: the model cannot take images in this way.
+    """
+    if image_aspect_ratio not in ("squash", "pad"):
+        reason = "it cuts images into tiles, which this model has no tokens for" if image_aspect_ratio.startswith("anyres") else "no such way"
+        raise InputError(f"image_aspect_ratio: {image_aspect_ratio!r} does not go with model_type {config.model_type!r}: {reason}; expected squash or pad")
+    side = config.vision_config.image_size
+    kept = ("resample", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize", "do_convert_rgb")
+    values = {name: getattr(image_processor, name) for name in kept if getattr(image_processor, name, None) is not None}
+    return LlavaImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_pad=image_aspect_ratio == "pad", **values)
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

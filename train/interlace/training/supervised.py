@@ -1,9 +1,8 @@
 """Supervised fine-tuning, from checked arguments to a folder with the result."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -11,9 +10,13 @@ from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 
 from interlace.arguments import Arguments, is_main_process, list_value, without_secrets
-from interlace.data.dataset import Row, RowReader, load_rows
+from interlace.data.dataset import Rows, default_cache_dir, describe_formats, load_rows
+from interlace.data.download import UrlPolicy, hosts
 from interlace.data.ledger import Ledger
 from interlace.data.packing import Plan, token_budget
+from interlace.data.places import MediaFolder
+from interlace.data.reading import RowReader
+from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
@@ -36,9 +39,9 @@ def finetune(arguments: Arguments) -> None:
     if resume is not None:
         check_resume(resume, without_secrets(arguments))
     args = training_arguments(arguments)
-    processing = load_processing(path, arguments["system_prompt"], arguments["label_policy"], arguments["trust_remote_code"])
+    processing = processing_of(path, arguments)
     reader = row_reader(arguments, processing)
-    rows, ledger = load_rows(arguments["dataset"]["train"], reader, arguments, args.seed, args.process_index == 0)
+    rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, args.process_index == 0)
     train = PlannedRows(rows, training_plan(rows, arguments, args))
     evaluation = evaluation_rows(arguments, reader, args)
     total_steps = args.max_steps if args.max_steps > 0 else -(-train.plan.steps_per_epoch * args.num_train_epochs // 1)
@@ -131,22 +134,38 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     return args
 
 
-def row_reader(arguments: Arguments, processing: Processing) -> RowReader:
-    """The reader that `max_length`, `too_long` and `max_image_pixels` describe."""
-    return RowReader(processing.template, processing.image_tokens, arguments["max_length"], arguments["too_long"], arguments["max_image_pixels"])
+def processing_of(path: str, arguments: Arguments) -> Processing:
+    """Tokenizer, image processor and template of the model, as the arguments want them."""
+    names = ("system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio")
+    return load_processing(path, **{name: arguments[name] for name in names})
 
 
-def training_plan(rows: Sequence[Row], arguments: Arguments, args: TrainingArguments) -> Plan:
+def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supervised", "preference", "any"] = "supervised") -> RowReader:
+    """The reader that the arguments describe."""
+    urls = UrlPolicy(hosts(arguments["allowed_url_hosts"])) if arguments["allow_urls"] else None
+    cache_dir = Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()
+    names = ("max_length", "too_long", "max_image_pixels", "num_frames", "video_fps")
+    return RowReader(
+        template=processing.template,
+        image_tokens=processing.image_tokens,
+        image_settings=processing.image_settings,
+        kept=MediaFolder(cache_dir / "media", urls),
+        kind=kind,
+        **{name: arguments[name] for name in names},
+    )
+
+
+def training_plan(rows: Rows, arguments: Arguments, args: TrainingArguments) -> Plan:
     """The plan of the run's epochs for this world size."""
-    lengths = [row.length for row in rows]
+    lengths = rows.lengths.tolist()
     budget = token_budget(lengths, args.per_device_train_batch_size, arguments["max_tokens_per_batch"])
     exact = None if arguments["packing"] else args.per_device_train_batch_size
     seed = args.seed if args.data_seed is None else args.data_seed
     accumulation, epochs = args.gradient_accumulation_steps, -(-args.num_train_epochs // 1)
-    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation)
+    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies)
     if args.max_steps > 0:
         epochs = -(-args.max_steps // plan.steps_per_epoch)
-        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation)
+        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies)
     return plan
 
 
@@ -155,9 +174,9 @@ def evaluation_rows(arguments: Arguments, reader: RowReader, args: TrainingArgum
     entries = arguments["dataset"].get("eval")
     if not entries:
         return None
-    rows, ledger = load_rows(entries, reader, arguments, args.seed, args.process_index == 0)
+    rows, ledger = load_rows(read_entries(entries, args.seed), reader, arguments, args.process_index == 0)
     say(f"evaluation: {ledger.summary()}")
-    lengths = [row.length for row in rows]
+    lengths = rows.lengths.tolist()
     budget = token_budget(lengths, args.per_device_eval_batch_size, None)
     return PlannedRows(rows, Plan(lengths, lengths, budget, None, 1, 0, args.world_size, shuffle=False))
 
@@ -192,10 +211,12 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     rows = [(name, f"{total:,}", f"{trainable:,}") for name, total, trainable in tuned.part_table()]
     totals = ("total", *(f"{sum(row[i] for row in tuned.part_table()):,}" for i in (1, 2)))  # type: ignore[misc]
     print_table("parameters", [("part", "total", "trainable"), *rows, totals])
-    plan, tokens = train.plan, sum(row.length for row in train.rows)
-    say(f"\ntraining: {ledger.summary()}")
+    assert isinstance(train.rows, Rows)
+    plan, tokens = train.plan, float((train.rows.lengths * train.rows.copies).sum())
+    say("\ntraining: " + "\n          ".join(describe_formats(train.rows.stores)))
+    say(f"          {ledger.summary()}")
     say(
-        f"plan: {plan.steps_per_epoch:,} steps per epoch with {len(train.rows) / plan.steps_per_epoch:.1f} rows each, "
+        f"plan: {plan.steps_per_epoch:,} steps per epoch with {plan.rows_per_epoch / plan.steps_per_epoch:.1f} rows each, "
         f"in {plan.world_size * plan.accumulation} micro-batches of at most {plan.budget:,} tokens ({tokens / plan.batches_per_epoch / plan.budget:.0%} used)\n"
     )
 

@@ -13,8 +13,8 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
 from interlace.data.batch import Collator, NumberedRows, PackedBatch
-from interlace.data.dataset import Row
 from interlace.data.packing import Plan, PlanLoader, PlanSampler
+from interlace.data.reading import Row
 from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
