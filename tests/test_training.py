@@ -269,6 +269,7 @@ def test_an_offline_wandb_run_holds_metrics_and_arguments(make_arguments: Make, 
         for item in [*record.config.update, *record.run.config.update]:
             config[item.key or "/".join(item.nested_key)] = item.value_json
     assert {"train/loss", "train/token_accuracy", "train/tokens_per_second", "train/images_per_second", "train/learning_rate", "train/grad_norm"} <= keys
+    assert "train/data_wait_share" in keys
     assert json.loads(config["interlace"])["lora_rank"] == 4
     assert b"hf_secret" not in path.read_bytes()
 

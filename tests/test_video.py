@@ -413,7 +413,7 @@ def test_an_invisible_picture_of_vp8_does_not_count(tmp_path: Path) -> None:
 
 
 def test_pictures_that_nothing_can_decode_do_not_count(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "whole.ts", options={"x264-params": "keyint=12:bframes=3:scenecut=0"})
+    path = write_video(tmp_path / "whole.ts", **CASES["open_gop.ts"])
     data = path.read_bytes()
     (tmp_path / "joined_late.ts").write_bytes(data[len(data) // 3 // 188 * 188 :])
     pts = check_video(place_of(tmp_path / "joined_late.ts"), MAX_PIXELS).pts.tolist()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from interlace.data.download import UrlPolicy, download, is_url
 from interlace.data.sample import BadRow, Image, Place, Video
@@ -90,6 +90,33 @@ class Finder:
         return Place(locate(item.path, self.video_roots if kind == "video" else self.image_roots, kind))
 
 
+class _Slice(io.RawIOBase):
+    """A part of a file as a file of its own; what lies around it is out of reach."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.position)
+        data = self.file.read(min(len(buffer), max(0, self.size - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
 @contextmanager
 def open_bytes(place: Place) -> Iterator[BinaryIO]:
     """The encoded bytes of a medium as a seekable file; the rest of the file around a slice is out of reach."""
@@ -97,8 +124,7 @@ def open_bytes(place: Place) -> Iterator[BinaryIO]:
         if place.size < 0:
             yield file
         else:
-            file.seek(place.offset)
-            yield io.BytesIO(file.read(place.size))
+            yield io.BufferedReader(_Slice(file, place.offset, place.size))
 
 
 @lru_cache(maxsize=100_000)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from interlace.data.readers import ArchiveRow
 from interlace.data.reading import Headers, Outcome, Record, Row
 from interlace.data.sample import BadRow, Place
 from interlace.data.template import IGNORE_INDEX, Encoded
+from interlace.data.video import check_video
 from interlace.errors import InputError
 
 PAGE = Path(__file__).with_name("preview.html")
@@ -251,7 +253,7 @@ class Viewer:
             name = _short_name(place, (*record.source.image_roots, *record.source.video_roots))
             seconds = None
             if place.pts is not None:
-                video = headers.found[replace(place, pts=None)]
+                video = headers.of(replace(place, pts=None), check_video, sys.maxsize)
                 seconds = float((place.pts - int(video.pts[0])) * video.time_base)
             yield Picture(self.image_token_id, tokens, data_uri(after), after.size, image.size, name, seconds)
 

@@ -18,7 +18,7 @@ from interlace.data.template import ChatTemplate, Encoded
 from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers, frame_folder
 
 ImageTokens = Callable[[int, int], int]
-_MOST_REMEMBERED = 50_000
+_MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
 _VERSION = 1  # raise it when the same record would make another row: rows on disk are made anew
 
 
@@ -94,22 +94,23 @@ class Outcome:
 class Headers:
     """What was found in the headers of media, remembered for the rows that use them again."""
 
-    found: dict[Place, Any] = field(default_factory=dict)
+    found: dict[str, dict[Place, Any]] = field(default_factory=lambda: {name: {} for name in _MOST_REMEMBERED})
 
     def of(self, place: Place, check: Callable[[Place, int], Any], max_pixels: int) -> Any:
-        """The result of `check`, looked up once per place.
+        """The result of `check_image` or `check_video`, looked up once per place.
 
         Raises:
             BadRow: what the check raised.
         """
-        if place not in self.found:
-            if len(self.found) >= _MOST_REMEMBERED:
-                self.found.clear()
+        found = self.found[check.__name__]
+        if place not in found:
+            if len(found) >= _MOST_REMEMBERED[check.__name__]:
+                found.clear()
             try:
-                self.found[place] = check(place, max_pixels)
+                found[place] = check(place, max_pixels)
             except BadRow as error:
-                self.found[place] = error
-        result = self.found[place]
+                found[place] = error
+        result = found[place]
         if isinstance(result, BadRow):
             raise result
         return result

@@ -52,7 +52,7 @@ class RecordMedia:
         Raises:
             BadRow: fewer placeholders than media.
         """
-        left = [*self.images, *self.videos]
+        left: list[Image | Video] = [*self.images, *self.videos]
         user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
         if left and in_front and self.placed == 0 and user is not None:
             front: list[Part] = []

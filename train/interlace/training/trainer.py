@@ -1,7 +1,7 @@
 """What the trainers share: packed batches and their plan under Hugging Face's `Trainer`."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class PackedTrainer(Trainer):
         self._counts = torch.zeros(4, dtype=torch.float64)
         self._last_log = time.perf_counter()
         self._paused_seconds = 0.0
+        self._waited_seconds = 0.0  # for data
 
     # --- data ---
 
@@ -97,6 +98,17 @@ class PackedTrainer(Trainer):
 
     # --- the step ---
 
+    def get_batch_samples(self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device) -> Any:
+        """A step's micro-batches; the time spent waiting for them is counted."""
+        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+
+    def _timed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        start = time.perf_counter()
+        for batch in batches:
+            self._waited_seconds += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
     def _get_num_items_in_batch(self, batch_samples: list[PackedBatch], device: torch.device) -> torch.Tensor:  # type: ignore[override]
         weight = sum((batch.weights.sum() for batch in batch_samples), torch.zeros(())).to(device)
         return self.accelerator.reduce(weight, "sum")
@@ -129,15 +141,16 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
-            counts = self.accelerator.reduce(self._counts.to(self.args.device, torch.float32), "sum")
-            supervised, right, tokens, images = counts.tolist()
+            counts = torch.cat([self._counts, torch.tensor([self._waited_seconds])]).to(self.args.device, torch.float32)
+            supervised, right, tokens, images, waited = self.accelerator.reduce(counts, "sum").tolist()
             seconds = time.perf_counter() - self._last_log - self._paused_seconds
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
             logs["tokens_per_second"] = tokens / seconds
             logs["images_per_second"] = images / seconds
+            logs["data_wait_share"] = waited / seconds / self.accelerator.num_processes
             self._counts.zero_()
-            self._last_log, self._paused_seconds = time.perf_counter(), 0.0
+            self._last_log, self._paused_seconds, self._waited_seconds = time.perf_counter(), 0.0, 0.0
         super().log(logs, start_time)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,186 @@
+"""What `plan_run.py` finds out: rows checked, steps planned, memory, time and disk forecast, a configuration that fits."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PretrainedConfig, TrainingArguments
+
+from interlace.arguments import Arguments
+from interlace.data.batch import Collator
+from interlace.data.dataset import Rows, check_ledger, default_cache_dir, ledger_of, make_stores
+from interlace.data.ledger import Ledger
+from interlace.data.packing import Plan
+from interlace.data.reading import RowReader
+from interlace.data.sources import read_entries
+from interlace.errors import InputError
+from interlace.model.costs import BatchShape, StepCosts, step_costs
+from interlace.model.loading import Processing
+from interlace.training.checkpoint import check_output_dir
+from interlace.training.fitting import Columns, Fit, Search
+from interlace.training.forecast import (
+    Disk,
+    Machine,
+    Memory,
+    MicroShape,
+    Sharding,
+    Sizes,
+    Speed,
+    checkpoints,
+    compute_dtype,
+    disk_of,
+    empty_model,
+    fits,
+    fullest,
+    mean_shape,
+    memory_of,
+    micro_shapes,
+    rehearse_all,
+    sizes_of,
+)
+from interlace.training.probe import probe
+from interlace.training.rehearsal import Rehearsal
+from interlace.training.supervised import load_tuned_model, row_reader
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The rows of `dataset.train` or `dataset.eval`, their account, and why training would refuse them (None if it would not)."""
+
+    rows: Rows
+    ledger: Ledger
+    refusal: str | None
+
+
+def check_rows(entries: list[Any], reader: RowReader, arguments: Arguments) -> Checked:
+    """Reads and checks every row, as training does it; bad rows do not stop it.
+
+    Raises:
+        InputError: a file cannot be read at all.
+    """
+    sources = read_entries(entries, arguments["seed"])
+    cache_dir = Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()
+    workers = arguments["preprocessing_num_workers"]
+    stores = make_stores(sources, reader, cache_dir, min(os.cpu_count() or 1, 16) if workers is None else workers, show_progress=True)
+    rows, ledger, refusal = Rows(stores, [source.weight for source in sources]), ledger_of(stores), None
+    try:
+        check_ledger(ledger, reader.too_long, arguments["bad_rows"], arguments["max_bad_rows"])
+    except InputError as error:
+        refusal = str(error)
+    return Checked(rows, ledger, refusal)
+
+
+def check_data(arguments: Arguments, path: str, processing: Processing) -> tuple[dict[str, Checked], list[str]]:
+    """ "training" and "evaluation" rows, and all reasons for which training would refuse to start.
+
+    Raises:
+        InputError: a file cannot be read at all.
+    """
+    reader, names = row_reader(arguments, processing), {"training": "train", "evaluation": "eval"}
+    found = {name: check_rows(arguments["dataset"][key], reader, arguments) for name, key in names.items() if arguments["dataset"].get(key)}
+    return found, [checked.refusal for checked in found.values() if checked.refusal] + refused_output(arguments, path)
+
+
+def refused_output(arguments: Arguments, path: str) -> list[str]:
+    """Why training would not write into `output_dir`."""
+    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+    try:
+        check_output_dir(Path(arguments["output_dir"]), bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """What a run on `world_size` devices needs. `shapes` are the first epoch's micro-batches; `parts` (name, parameters, those that learn)."""
+
+    plan: Plan
+    world_size: int
+    steps_per_epoch: int
+    total_steps: int
+    workers: int
+    shapes: list[MicroShape]
+    costs: StepCosts
+    sizes: Sizes
+    rehearsals: list[Rehearsal]
+    disk: Disk
+    parts: list[tuple[str, int, int]]
+
+    def memory(self, machine: Machine, sharding: Sharding | None = None) -> Memory:
+        """Memory of one device; without `sharding`, under DDP."""
+        return memory_of(self.sizes, self.rehearsals, sharding or Sharding(self.world_size), self.plan.accumulation, machine.device)
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether it fits this machine's device."""
+        return fits(self.memory(machine), machine.memory)
+
+    @property
+    def mean(self) -> BatchShape:
+        """The mean micro-batch."""
+        return mean_shape(self.shapes)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs that a step of one device requires."""
+        return self.costs.total(self.mean).required * self.plan.accumulation
+
+    def step_seconds(self, speed: Speed) -> float:
+        """Of an optimizer step, on average."""
+        return speed.step(self.costs, self.mean, self.plan.accumulation, self.workers)
+
+
+def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArguments, config: PretrainedConfig, world_size: int) -> RunForecast:
+    """Steps, costs, memory and disk of a run on `world_size` devices.
+
+    Raises:
+        InputError: what is to learn does not fit the model.
+    """
+    steps_per_epoch = -(-plan.batches_per_epoch // (world_size * plan.accumulation))
+    total_steps = args.max_steps if args.max_steps > 0 else int(-(-steps_per_epoch * args.num_train_epochs // 1))
+    shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], rows.lengths, rows.num_images, rows.supervised)
+    tuned = empty_model(config, arguments)
+    sizes, costs, parts = sizes_of(tuned, arguments), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
+    disk = disk_of(tuned, sizes, arguments, total_steps, total_steps / steps_per_epoch)
+    rehearsals = rehearse_all(tuned, fullest(shapes), compute_dtype(arguments))
+    workers = args.dataloader_num_workers
+    return RunForecast(plan, world_size, steps_per_epoch, total_steps, workers, shapes, costs, sizes, rehearsals, disk, parts)
+
+
+def measure_speed(
+    path: str, rows: Rows, forecast: RunForecast, arguments: Arguments, args: TrainingArguments, processing: Processing, limit_seconds: float
+) -> Speed:
+    """Loads the model and runs a few steps on growing parts of the first micro-batches.
+
+    Raises:
+        InputError: the model or an image cannot be loaded.
+    """
+    tuned = load_tuned_model(path, arguments, args)
+    language, vision = checkpoints(arguments)
+    if language:
+        tuned.packed.activation_checkpointing_enable()
+    if vision:
+        tuned.packed.checkpoint_tower()
+    collate = Collator(processing.process_images, processing.config.image_token_id)
+    largest = max((batch for step in forecast.plan.steps(0) for batch in step), key=len)
+    counts = [*(2**i for i in range(len(largest).bit_length()) if 2**i < len(largest)), len(largest)]
+    bar = tqdm(counts, desc="probing speed", unit="batch", leave=False)
+    batches = (collate([(row, rows[row]) for row in (max(row, ~row) for row in largest[:count])]) for count in bar)
+    return probe(tuned, batches, forecast.costs, compute_dtype(arguments), args.device, limit_seconds)
+
+
+def search_fit(arguments: Arguments, config: PretrainedConfig, rows: Rows, world_size: int, machine: Machine) -> Fit:
+    """A configuration that fits the machine, searched with a line of progress.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    columns = Columns(rows.lengths, rows.num_images, rows.supervised)
+    with tqdm(bar_format="{desc} {elapsed}", leave=False) as bar:
+        search = Search(
+            arguments, config, columns, world_size, machine.device, machine.memory, lambda changes: bar.set_description_str(f"trying {json.dumps(changes)}")
+        )
+        return search.run()
