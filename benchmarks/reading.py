@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from interlace.arguments import SCHEMA_PATH, resolve
-from interlace.data.dataset import read_rows
+from interlace.data.dataset import open_rows
 from interlace.data.packing import Plan, PlanSampler
 from interlace.data.sources import read_entries
 from interlace.model.loading import resolve_model_path
@@ -68,7 +68,7 @@ def measure(folder: Path, workers: int, connection: Any) -> None:
     assert not problems
     processing = processing_of(resolve_model_path("demo"), arguments)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    rows, ledger = read_rows(read_entries(arguments["dataset"]["train"], 0), row_reader(arguments, processing), arguments, True)
+    rows, ledger = open_rows(read_entries(arguments["dataset"]["train"], 0), row_reader(arguments, processing), arguments, True)
     checked = time.perf_counter() - start
     assert ledger.trained == ledger.rows
     lengths = rows.lengths.tolist()

@@ -17,16 +17,17 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlace.data import dataset as dataset_module
-from interlace.data.batch import Collator
+from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows, check_ledger, ledger_of, make_stores
 from interlace.data.formats import FORMATS
 from interlace.data.ledger import Entry, Ledger
 from interlace.data.lengths import expand, expanded_length, fit
-from interlace.data.packing import Plan
+from interlace.data.packing import Plan, PlanLoader
 from interlace.data.places import MediaFolder
 from interlace.data.reading import Headers, Outcome, Record, Row, RowReader, records_of
 from interlace.data.sample import BadRow, Sample
@@ -501,6 +502,23 @@ def test_rows_reach_other_processes_and_answer_without_the_whole_file(tmp_path: 
     assert len(pickle.dumps(rows)) < 20_000
     row: Row = there[3]
     assert row.supervised_tokens > 0
+
+
+def test_an_image_that_breaks_behind_its_header_is_named_with_its_row(tmp_path: Path, read: Read) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    PIL.Image.effect_noise((64, 64), 80).save(data / "x.png")
+    content = bytearray((data / "x.png").read_bytes())
+    content[200:400] = bytes(200)
+    (data / "x.png").write_bytes(content)  # header and end mark are whole
+    (data / "rows.json").write_text(json.dumps([{"conversations": [["q", "a"]]}, {"image": "x.png", "conversations": [["<image>q", "a"]]}]))
+    rows, ledger = read({"data_files": str(data / "rows.json")})
+    assert ledger.skipped == 0
+    found = Collator(lambda images: torch.zeros(len(images), 3, 2, 2), IMAGE_ID)([(0, rows[0]), (1, rows[1])])
+    assert isinstance(found, InputError) and "rows.json: row 1: " in str(found) and "x.png" in str(found)
+    loader = PlanLoader(NumberedRows(rows), batch_size=2, collate_fn=Collator(lambda images: torch.zeros(1), IMAGE_ID))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="row 1"):
+        next(iter(loader))
 
 
 def test_collators_reach_spawned_workers(tiny_dir: Path) -> None:

@@ -39,7 +39,7 @@ def rows(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 def collate(tiny_dir: Path, rows: Sequence[Row]) -> PackedBatch:
     processing = load_processing(str(tiny_dir))
-    return Collator(processing.process_images, processing.config.image_token_id)(list(enumerate(rows)))
+    return Collator(processing.process_images, processing.config.image_token_id).pack(list(enumerate(rows)))
 
 
 def tuned_model(tiny_dir: Path, parts: Sequence[str] = ("projector", "language_model"), lora: Lora | None = None, seed: int = 0) -> TunedModel:
@@ -296,7 +296,7 @@ def test_fillers_of_the_plan_weigh_nothing(tiny_dir: Path, rows: list[Row]) -> N
     from interlace.data.batch import NumberedRows
 
     processing = load_processing(str(tiny_dir))
-    batch = Collator(processing.process_images, processing.config.image_token_id)([NumberedRows(rows)[~1], NumberedRows(rows)[1]])
+    batch = Collator(processing.process_images, processing.config.image_token_id).pack([NumberedRows(rows)[~1], NumberedRows(rows)[1]])
     assert batch.weights[batch.sequence_index == 0].eq(0).all()
     assert batch.weights[batch.sequence_index == 1].eq(1).all()
 

@@ -110,7 +110,7 @@ def test_the_page_marks_what_the_loss_counts(opened: tuple[Browser, Path, list[O
     assert [outcome.entry.status if outcome.entry else "trained" for outcome in outcomes] == ["trained"] * 9 + ["shortened"] + ["skipped"] * 2 + ["trained"] * 2
     shown = browser.ask(f"articles.map({MARKS})")
     assert browser.ask("articles.map((e) => e.dataset.status)") == [outcome.entry.status if outcome.entry else "trained" for outcome in outcomes]
-    collate = Collator(processing.process_images, processing.config.image_token_id)
+    collate = Collator(processing.process_images, processing.config.image_token_id).pack
     for outcome, tokens in zip(outcomes, shown, strict=True):
         if outcome.row is None:
             assert tokens == []

@@ -28,7 +28,7 @@ def main() -> None:
     num_samples = check_options(output, options["json"], options["samples"] or "50")
     from tqdm import tqdm
 
-    from interlace.data.dataset import describe_formats, read_rows
+    from interlace.data.dataset import describe_formats, open_rows
     from interlace.data.preview import Summary, Viewer, page
     from interlace.data.reading import Headers, wanted_kind
     from interlace.data.sources import read_entries
@@ -38,7 +38,7 @@ def main() -> None:
     processing = processing_of(resolve_model_path(arguments["model_name_or_path"]), arguments)
     sources = read_entries(arguments["dataset"]["train"], arguments["seed"])
     reader = row_reader(arguments, processing, wanted_kind(sources))
-    rows, ledger = read_rows(sources, reader, arguments, show_progress=True)
+    rows, ledger = open_rows(sources, reader, arguments, show_progress=True)
     print("\n".join(describe_formats(rows.stores)))
     print(ledger.summary())
     if len(rows):

@@ -82,7 +82,19 @@ class Collator:
     process_images: ProcessImages
     image_token_id: int
 
-    def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch:
+    def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch | InputError:
+        """The batch, or what is wrong with an image: an error raised in a worker process would reach the user with two tracebacks."""
+        try:
+            return self.pack(numbered)
+        except InputError as error:
+            return error
+
+    def pack(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch:
+        """The rows as one batch.
+
+        Raises:
+            InputError: an image that was whole by its header cannot be decoded.
+        """
         rows = [row for _, row in numbered]
         pieces = [expand(row.encoded, row.image_tokens, self.image_token_id) for row in rows]
         segments, start = [], 0

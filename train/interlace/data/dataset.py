@@ -28,7 +28,7 @@ from interlace.errors import InputError
 _SHOWN = 20
 _ROWS_PER_CHUNK = 256
 _SMALL_BYTES = 1 << 20  # below this, starting workers takes longer than reading
-Chunk = tuple[int, pa.RecordBatch | InputError, float]
+Chunk = tuple[int, pa.RecordBatch | InputError | None, float]
 
 
 def default_cache_dir() -> Path:
@@ -82,7 +82,10 @@ def ledger_of(stores: Sequence[Store]) -> Ledger:
 
 
 class _Chunks(IterableDataset[Chunk]):
-    """What becomes of every record, some hundred at a time; each worker reads all records and works on its share of the chunks."""
+    """What becomes of every record, some hundred at a time: (source, batch, position), then (source, None or what stopped it, 1).
+
+    With fewer sources than workers, each worker reads all records and works on its share of the chunks; else each has sources of its own.
+    """
 
     def __init__(self, sources: Sequence[Source], reader: RowReader):
         self.sources, self.reader = sources, reader
@@ -90,29 +93,33 @@ class _Chunks(IterableDataset[Chunk]):
     def __iter__(self) -> Iterator[Chunk]:
         worker, headers = get_worker_info(), Headers()
         share, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        chunk = 0
+        by_source, chunk = len(self.sources) >= share, 0
         for i, source in enumerate(self.sources):
-            waiting: list[Record] = []
-            position = 0.0
-            try:
-                for index, value, position in source.rows():
-                    waiting.append(Record(source, index, value))
-                    if len(waiting) == _ROWS_PER_CHUNK:
-                        if chunk % share == number:
-                            yield i, self._read(waiting, headers), position
-                        waiting, chunk = [], chunk + 1
-            except InputError as error:
-                if chunk % share == number:
-                    yield i, error, 1.0
-                chunk += 1
+            if by_source and i % share != number:
                 continue
-            if waiting:
-                if chunk % share == number:
-                    yield i, self._read(waiting, headers), 1.0
+            for records, position in _pieces(source):
+                if by_source or chunk % share == number:
+                    batch = to_batch([self.reader.read(record, headers) for record in records]) if isinstance(records, list) else records
+                    yield i, batch, position
                 chunk += 1
 
-    def _read(self, records: list[Record], headers: Headers) -> pa.RecordBatch:
-        return to_batch([self.reader.read(record, headers) for record in records])
+
+def _pieces(source: Source) -> Iterator[tuple[list[Record] | InputError | None, float]]:
+    """A source's records in chunks, with the position behind each; then None, or the error that ended the reading."""
+    waiting: list[Record] = []
+    position = 0.0
+    try:
+        for index, value, position in source.rows():
+            waiting.append(Record(source, index, value))
+            if len(waiting) == _ROWS_PER_CHUNK:
+                yield waiting, position
+                waiting = []
+    except InputError as error:
+        yield error, 1.0
+        return
+    if waiting:
+        yield waiting, position
+    yield None, 1.0
 
 
 def make_stores(sources: Sequence[Source], reader: RowReader, cache_dir: Path, workers: int, show_progress: bool) -> list[Store]:
@@ -148,22 +155,22 @@ def _build(sources: list[Source], folders: list[Path], reader: RowReader, worker
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=float(len(sources)), desc="checking rows", bar_format=bar_format, disable=not show_progress, leave=False)
     problems: list[str] = []
-    count, writing, scratch = 0, -1, Path()
-    writer: Any = None
+    positions, count = [0.0] * len(sources), 0
+    making: dict[int, _Making] = {}
     with bar:
-        for i, batch, position in loader:
-            if isinstance(batch, InputError):
+        for i, batch, positions[i] in loader:
+            if i not in making:
+                making[i] = _Making(folders[i], sources[i].file)
+            if isinstance(batch, pa.RecordBatch):
+                making[i].writer.write_batch(batch)
+                count += batch.num_rows
+            elif batch is None:
+                making.pop(i).finish()
+            else:
                 problems.append(str(batch))
-                continue
-            if i != writing:
-                _finish(writer, scratch, folders, sources, writing)
-                scratch = Path(tempfile.mkdtemp(prefix="making-", dir=folders[i].parent))
-                writer, writing = pa.ipc.new_file(str(scratch / "rows.arrow"), SCHEMA), i
-            writer.write_batch(batch)
-            count += batch.num_rows
+                making.pop(i).drop()
             bar.set_description_str(f"checking rows: {count:,}", refresh=False)
-            bar.update(i + position - bar.n)
-    _finish(writer, scratch, folders, sources, writing)
+            bar.update(sum(positions) - bar.n)
     if problems:
         raise InputError("\n  ".join(problems))
 
@@ -172,15 +179,24 @@ def _unchanged(chunk: Any) -> Any:
     return chunk
 
 
-def _finish(writer: Any, scratch: Path, folders: Sequence[Path], sources: Sequence[Source], i: int) -> None:
-    """Closes a store and gives it its name: it is there whole or not at all."""
-    if writer is None:
-        return
-    writer.close()
-    (scratch / "source.json").write_text(json.dumps({"file": sources[i].file, "made": time.time()}) + "\n", encoding="utf-8")
-    scratch.chmod(0o755)
-    shutil.rmtree(folders[i], ignore_errors=True)
-    scratch.rename(folders[i])
+class _Making:
+    """A store that is being written; it gets its name when it is whole."""
+
+    def __init__(self, folder: Path, file: str):
+        self.folder, self.file = folder, file
+        self.scratch = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+        self.writer = pa.ipc.new_file(str(self.scratch / "rows.arrow"), SCHEMA)
+
+    def finish(self) -> None:
+        self.writer.close()
+        (self.scratch / "source.json").write_text(json.dumps({"file": self.file, "made": time.time()}) + "\n", encoding="utf-8")
+        self.scratch.chmod(0o755)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.rename(self.folder)
+
+    def drop(self) -> None:
+        self.writer.close()
+        shutil.rmtree(self.scratch)
 
 
 def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> None:
@@ -211,22 +227,22 @@ def describe_formats(stores: Sequence[Store]) -> list[str]:
     lines = []
     for store in stores:
         formats = ", ".join(f"{count:,} {name}" for name, count in sorted(store.counts("format").items(), key=lambda item: -item[1]))
-        lines.append(f"{store.file}: {len(store):,} rows" + (f" ({formats})" if formats else ""))
+        lines.append(f"{store.file}: {len(store):,} rows" + (f": {formats}" if formats else ""))
     return lines
 
 
 def load_rows(sources: Sequence[Source], reader: RowReader, data: Mapping[str, Any], show_progress: bool) -> tuple[Rows, Ledger]:
-    """The rows of some sources and the account of all, by the keys `bad_rows`, `max_bad_rows` and those of `read_rows`.
+    """The rows of some sources and the account of all, by the keys `bad_rows`, `max_bad_rows` and those of `open_rows`.
 
     Raises:
         InputError: bad rows that the policy does not allow.
     """
-    rows, ledger = read_rows(sources, reader, data, show_progress)
+    rows, ledger = open_rows(sources, reader, data, show_progress)
     check_ledger(ledger, reader.too_long, data["bad_rows"], data["max_bad_rows"])
     return rows, ledger
 
 
-def read_rows(sources: Sequence[Source], reader: RowReader, data: Mapping[str, Any], show_progress: bool) -> tuple[Rows, Ledger]:
+def open_rows(sources: Sequence[Source], reader: RowReader, data: Mapping[str, Any], show_progress: bool) -> tuple[Rows, Ledger]:
     """The rows of some sources and the account of all, whatever it says, by the keys `cache_dir` and `preprocessing_num_workers` of `data`.
 
     Raises:

@@ -6,10 +6,13 @@ plan's state is (epoch, step).
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
+
+from interlace.errors import InputError
 
 MicroBatch = list[int]
 _OPEN_BATCHES = 16  # how many unfilled micro-batches are kept to find a place for the next row
@@ -161,7 +164,13 @@ class PlanSampler(Sampler[MicroBatch]):
 
 
 class PlanLoader(DataLoader[torch.Tensor]):
-    """A `DataLoader` over a `PlanSampler` that takes the epoch, as trainers tell it."""
+    """A `DataLoader` over a `PlanSampler` that takes the epoch, as trainers tell it, and raises the errors that its workers hand over."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration."""

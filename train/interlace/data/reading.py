@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one record: its format, sample and row if it is admitted, and the ledger entry if it is not simply trained.
+    """What became of one record: its format and why, sample and row if it is admitted, and the ledger entry if it is not simply trained.
 
     `dropped` is what a shortened row left out, as ids.
     """
@@ -174,13 +174,13 @@ class RowReader:
             raise value
         if not isinstance(value, dict):
             raise BadRow("not_an_object", f"expected an object, got {type(value).__name__}")
-        kind = record.source.format or recognise(value)[0]
+        kind, why = (record.source.format, "as the entry says") if record.source.format else recognise(value)
         sample = FORMATS[kind](value)
         if self.kind == "supervised" and isinstance(sample, PreferencePair):
             raise BadRow("preference_row", "a chosen and a rejected answer: train such rows with preference_finetune.py")
         if self.kind == "preference" and isinstance(sample, Sample):
             raise BadRow("no_preference_row", "one answer where a chosen and a rejected one are needed: train such rows with supervised_finetune.py")
-        return kind, sample, members
+        return f"{kind} ({why})", sample, members
 
     def _visual(self, item: Image | Video, finder: Finder, headers: Headers) -> "_Visual":
         """An image or a video with its sizes and all the frames that may be chosen from."""
