@@ -247,6 +247,25 @@ def test_a_hub_id_that_cannot_be_had_is_one_message(monkeypatch: pytest.MonkeyPa
         read_entries([{"data_files": "somebody/something", "split": "train"}], 0)
 
 
+def test_a_hub_data_set_is_read_with_its_media_still_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"image": {"bytes": b"x" * (i + 1), "path": f"{i}.png"}, "question": "q", "chosen": "a", "rejected": "b"} for i in range(100)]
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # `datasets` looks for owner/name here before it asks the hub
+    dataset.to_parquet(tmp_path / "owner" / "name" / "validation-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (source,) = read_entries([{"data_files": "owner/name", "split": "validation"}], 0)
+    assert (source.file, source.name) == ("owner/name:validation", "owner/name")
+    assert [(index, value) for index, value, _ in source.rows()] == list(enumerate(rows))
+    (first,) = read_entries([{"data_files": "owner/name", "split": "validation", "sampling_strategy": "end:3"}], 0)
+    assert [index for index, _, _ in first.rows()] == [97, 98, 99]
+    assert source.content_hash() == read_entries([{"data_files": "owner/name", "split": "validation"}], 0)[0].content_hash()
+    with pytest.raises(InputError, match="owner/name: neither a file here"):
+        read_entries([{"data_files": "owner/name", "split": "nonsense"}], 0)
+
+
 def test_strategies_over_all_files_of_an_entry(three: Path) -> None:
     def rows(strategy: str, seed: int = 0) -> list[tuple[str, int]]:
         return taken(read_entries([{"data_files": str(three / "*.json"), "sampling_strategy": strategy}], seed))

@@ -177,7 +177,7 @@ def _read_entry(entry: Mapping[str, Any], seed: int | str) -> list[Source]:
     sources = []
     for file, table in _tables(entry):
         beside = Path(file).parent if table is None else Path()
-        name = entry.get("name") or (Path(file).name.partition(".")[0] if table is None else file)
+        name = entry.get("name") or (Path(file).name.partition(".")[0] if table is None else str(entry["data_files"]))
         image_roots, video_roots = (_roots(entry, folder, beside) for folder in ("image_folder", "video_folder"))
         sources.append(Source(file, name, kind, image_roots, video_roots, weight, table=table))
     return _selected(sources, entry.get("sampling_strategy") or "all", seed)
@@ -227,12 +227,16 @@ def expand(data_files: str | list[str], quiet: bool = False) -> list[str]:
     files: list[str] = []
     for pattern in [data_files] if isinstance(data_files, str) else data_files:
         for name in _braces(pattern):
-            exists = Path(name).is_file() or (Path(name).is_dir() and not quiet) or (Path(name) / "state.json").is_file()
-            found = [name] if exists else sorted(glob.glob(name, recursive=True))
+            exists = _holds_rows(name) or (Path(name).is_dir() and not quiet)
+            found = [name] if exists else sorted(filter(_holds_rows, glob.glob(name, recursive=True)))
             if not found and not quiet:
                 raise InputError(f"{name}: no such file; data_files takes a path, a list of paths, a brace list or a glob, from the current directory")
             files += found
     return files
+
+
+def _holds_rows(name: str) -> bool:
+    return Path(name).is_file() or (Path(name) / "state.json").is_file()
 
 
 def _braces(pattern: str) -> list[str]:
