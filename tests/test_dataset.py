@@ -420,6 +420,17 @@ def test_rows_are_made_once_and_again_only_when_something_changed(tmp_path: Path
     assert made == [1] * 7
 
 
+def test_a_frame_added_to_a_folder_is_noticed(tmp_path: Path, read: Read) -> None:
+    data = tmp_path / "data"
+    for i in range(3):
+        picture(data / "clip" / f"{i}.png")
+    (data / "rows.json").write_text(json.dumps([{"video": "clip", "conversations": [["<video>q", "a"]]}]))
+    entry = {"data_files": str(data / "rows.json")}
+    assert len(read(entry)[0][0].images) == 3
+    picture(data / "clip" / "3.png")
+    assert len(read(entry)[0][0].images) == 4
+
+
 def test_a_file_that_cannot_be_read_stops_all_and_leaves_nothing_half_made(tmp_path: Path, read: Read) -> None:
     (tmp_path / "good.json").write_text(json.dumps([{"conversations": [["q", "a"]]}]))
     (tmp_path / "cut.json").write_text('[{"conversations": [["q", "a"]]}, {"conv')

@@ -19,7 +19,7 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 
 ImageTokens = Callable[[int, int], int]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-_VERSION = 1  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 2  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Row:
 class Outcome:
     """What became of one record: its format and why, sample and row if it is admitted, and the ledger entry if it is not simply trained.
 
-    `dropped` is what a shortened row left out, as ids.
+    `dropped` is what a shortened row left out, as ids; `folders` are those that its videos are frames of.
     """
 
     record: Record
@@ -88,6 +88,7 @@ class Outcome:
     row: Row | None
     entry: Entry | None
     dropped: Encoded | None = None
+    folders: tuple[str, ...] = ()
 
 
 @dataclass
@@ -164,7 +165,8 @@ class RowReader:
         row = Row(record.file, record.index, kept, tuple(places), tuple(tokens), expanded_length(kept, tokens))
         reason = "too_long" if shortened else "fewer_frames" if fewer else "opening_assistant_turn" if sample.note else None
         detail = "; ".join(text for text in (sample.note, fewer, shortened) if text)
-        return Outcome(record, kind, sample, row, Entry(record.file, record.index, "shortened", reason, detail) if reason else None, dropped)
+        entry = Entry(record.file, record.index, "shortened", reason, detail) if reason else None
+        return Outcome(record, kind, sample, row, entry, dropped, tuple(visual.folder for visual in visuals if visual.folder))
 
     def _parse(self, record: Record) -> tuple[str, Sample | PreferencePair, Mapping[str, Place | bytes]]:
         value, members = record.value, {}
@@ -192,7 +194,7 @@ class RowReader:
         place = finder.find(item, "video")
         if place.size < 0 and Path(place.path).is_dir():
             frames = [Image(str(Path(item.path) / frame.name)) for frame in frame_folder(Path(place.path))]
-            return _Visual(tuple(finder.find(frame, "video") for frame in frames), None, is_video=True)
+            return _Visual(tuple(finder.find(frame, "video") for frame in frames), None, is_video=True, folder=place.path)
         index: VideoIndex = headers.of(place, check_video, self.max_image_pixels)
         return _Visual((place,), (index.width, index.height), is_video=True, index=index)
 
@@ -240,6 +242,7 @@ class _Visual:
     size: tuple[int, int] | None
     is_video: bool
     index: VideoIndex | None = None
+    folder: str = ""
 
     def chosen(self, num_frames: int, video_fps: float | None) -> list[Place]:
         if self.index is not None:

@@ -44,10 +44,9 @@ _MEDIUM = pa.struct(
         ("size", pa.int64()),
         ("pts", pa.int64()),
         ("tokens", pa.int32()),
-        ("file_bytes", pa.int64()),  # of the file when it was checked, to notice a change
-        ("file_time", pa.int64()),
     ]
 )
+_FILE = pa.struct([("path", pa.string()), ("bytes", pa.int64()), ("time", pa.int64())])
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -62,6 +61,7 @@ SCHEMA = pa.schema(
         ("spans", pa.list_(_SPAN)),  # the supervised tokens: labels are their ids
         ("leaf_starts", pa.list_(pa.int32())),
         ("media", pa.list_(_MEDIUM)),
+        ("files", pa.list_(_FILE)),  # what the row rests on, as it was when it was checked, to notice a change
     ]
 )
 
@@ -79,14 +79,12 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
         values |= {"reason": entry.reason, "detail": entry.detail}
     if row is None:
         return values | {"length": 0, "supervised": 0, "num_images": 0}
-    media = []
-    for place, tokens in zip(row.images, row.image_tokens, strict=True):
-        if place.path not in stats:
-            stats[place.path] = file_state(place.path)
-        size, time = stats[place.path]
-        media.append(
-            {"path": place.path, "offset": place.offset, "size": place.size, "pts": place.pts, "tokens": tokens, "file_bytes": size, "file_time": time}
-        )
+    media = [
+        {"path": place.path, "offset": place.offset, "size": place.size, "pts": place.pts, "tokens": tokens}
+        for place, tokens in zip(row.images, row.image_tokens, strict=True)
+    ]
+    paths = dict.fromkeys([*(place.path for place in row.images), *outcome.folders])
+    stats.update((path, file_state(path)) for path in paths if path not in stats)
     return values | {
         "length": row.length,
         "supervised": row.supervised_tokens,
@@ -95,6 +93,7 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
         "spans": _spans(row.encoded),
         "leaf_starts": row.encoded.leaf_starts,
         "media": media,
+        "files": [{"path": path, "bytes": stats[path][0], "time": stats[path][1]} for path in paths],
     }
 
 
@@ -106,7 +105,7 @@ def _spans(encoded: Encoded) -> list[dict[str, Any]]:
 
 
 def file_state(path: str) -> tuple[int, int]:
-    """(bytes, modification time in ns) of a file; (-1, 0) if it is not there."""
+    """(bytes, modification time in ns) of a file or folder; (-1, 0) if it is not there."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -176,8 +175,8 @@ class Store:
         if made < process_start and PASSING_REASONS & set(self.counts("reason")):
             return False
         for batch in self._batches:
-            media = batch.column("media").flatten()
-            columns = (media.field(name).to_pylist() for name in ("path", "file_bytes", "file_time"))
+            files = batch.column("files").flatten()
+            columns = (files.field(name).to_pylist() for name in ("path", "bytes", "time"))
             if any(file_state(path) != (size, time) for path, size, time in set(zip(*columns, strict=True))):
                 return False
         return True
