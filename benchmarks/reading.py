@@ -28,7 +28,36 @@ from interlace.data.sources import read_entries
 from interlace.model.loading import resolve_model_path
 from interlace.training.supervised import processing_of, row_reader
 
-WORDS = "what is the colour of this digit image shows one two three four five six seven largest even odd place first last read all in order yes no".split()
+WORDS = [
+    *[
+        "what",
+        "is",
+        "the",
+        "colour",
+        "of",
+        "this",
+        "digit",
+        "image",
+        "shows",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "largest",
+        "even",
+        "odd",
+        "place",
+        "first",
+        "last",
+        "read",
+    ],
+    "all",
+    "in",
+    "order",
+]
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -116,7 +145,9 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for name, figures in (("first", first), ("again, rows kept", again)):
-        values = f"{figures['seconds']:.1f} | {options.rows / figures['seconds']:,.0f} | {figures['first']:.1f} | {figures['main']:,.0f} | {figures['worker']:,.0f}"
+        values = (
+            f"{figures['seconds']:.1f} | {options.rows / figures['seconds']:,.0f} | {figures['first']:.1f} | {figures['main']:,.0f} | {figures['worker']:,.0f}"
+        )
         lines.append(f"| {name} | {values} |")
     text = "\n".join([*lines, ""])
     path = Path(__file__).parent / "results" / f"reading_{options.rows}_rows_{options.images}_images_cpu_{date.today()}.md"

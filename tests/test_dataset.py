@@ -57,7 +57,7 @@ def video(path: Path, frames: int, size: tuple[int, int] = (64, 48), fps: int = 
 
 @pytest.fixture
 def reader(qwen: Any, tmp_path: Path) -> RowReader:
-    return RowReader(ChatTemplate(qwen, IMAGE_ID), lambda width, height: 4, "4", 100, "drop_turns", 10**6, MediaFolder(tmp_path / "cache" / "media"))
+    return RowReader(ChatTemplate(qwen, IMAGE_ID), lambda sizes: [4] * len(sizes), "4", 100, "drop_turns", 10**6, MediaFolder(tmp_path / "cache" / "media"))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wide_reader(qwen: Any, tmp_path_factory: pytest.TempPathFactory) -> RowReader:
     kept = MediaFolder(tmp_path_factory.mktemp("kept"))
-    return RowReader(ChatTemplate(qwen, IMAGE_ID), lambda width, height: width, "width", 60, "fewer_frames", 10**6, kept, num_frames=6)
+    return RowReader(ChatTemplate(qwen, IMAGE_ID), lambda sizes: [width for width, _ in sizes], "width", 60, "fewer_frames", 10**6, kept, num_frames=6)
 
 
 HEADERS = Headers()

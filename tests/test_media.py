@@ -76,7 +76,7 @@ def test_sixteen_bits_are_scaled_not_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_rotation_is_applied_to_size_and_pixels(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from interlace.data.readers import ArchiveRow, read_rows
+from interlace.data.readers import read_rows
 from interlace.data.sample import BadRow, Place
+from interlace.data.shards import ArchiveRow
 from interlace.data.sources import Source, choose, expand, read_entries
 from interlace.errors import InputError
 

@@ -168,11 +168,13 @@ def test_an_adapter_is_continued(make_arguments: Make, rows_file: Path) -> None:
 def test_two_processes_equal_one(make_arguments: Make, rows_file: Path, changes: dict[str, Any], tmp_path: Path) -> None:
     """Plain SGD, so that weights differ as gradients do: Adam would blow rounding up where a gradient is zero by theory (biases of keys)."""
     one = make_arguments(rows_file, **changes, gradient_accumulation_steps=4, max_steps=6, learning_rate=0.05, optim="sgd")
+    rows = json.loads(rows_file.read_text())
+    rows[5]["conversations"][0]["value"] += "<image>"  # a bad row, left out by both
+    rows_file.write_text(json.dumps(rows))
+    one |= {"bad_rows": "skip", "preprocessing_num_workers": 0}
     finetune(one)
-    config = {
-        name: one[name]
-        for name in ("model_name_or_path", "per_device_train_batch_size", "max_steps", "learning_rate", "lora_dropout", "save_strategy", "use_cpu", "optim")
-    }
+    names = ("model_name_or_path", "per_device_train_batch_size", "max_steps", "learning_rate", "lora_dropout", "save_strategy", "use_cpu", "optim", "bad_rows")
+    config = {name: one[name] for name in names} | {"cache_dir": str(tmp_path / "another cache")}
     config |= {**changes, "dataset": one["dataset"], "logging_steps": 1, "gradient_checkpointing": False, "dataloader_num_workers": 0}
     config |= {"output_dir": one["output_dir"] + "_two", "gradient_accumulation_steps": 2, "ddp_timeout": 120}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -181,6 +183,8 @@ def test_two_processes_equal_one(make_arguments: Make, rows_file: Path, changes:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(config["output_dir"]) == pytest.approx(losses(one["output_dir"]), rel=1e-5)
+    ledgers = [(Path(run["output_dir"]) / "ledger.json").read_text() for run in (one, config)]
+    assert ledgers[0] == ledgers[1] and json.loads(ledgers[0])["skipped"] == 1
     first, second = weights(one["output_dir"]), weights(config["output_dir"])
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

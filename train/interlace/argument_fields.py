@@ -81,7 +81,9 @@ class DataFields:
     num_frames: int = key(16, "Frames of a video, evenly spread; each counts as an image.", minimum=1)
     video_fps: float | None = key(None, "Frames per second of a video instead, num_frames at most.", exclusiveMinimum=0)
     image_aspect_ratio: str | None = key(
-        None, "How an image becomes the model's size: `squash` or `pad` (to a square, with the mean colour); default: the model's own."
+        None,
+        "How images become the model's size: `squash` or `pad` (to a square, with the mean colour); for models that cut them into tiles "
+        "`anyres` or `anyres_max_N`; default: the model's own.",
     )
     allow_urls: bool = key(False, "Download images and videos that the data names by URL, into cache_dir. Only you can open this door.")
     allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")

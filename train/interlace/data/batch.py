@@ -1,8 +1,9 @@
 """`PackedBatch`: one row of real tokens, a forest of segments, and the collation of rows into it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import PIL.Image
 import torch
@@ -13,7 +14,11 @@ from interlace.data.reading import Row
 from interlace.data.sample import BadRow, Place
 from interlace.errors import InputError
 
-ProcessImages = Callable[[list[PIL.Image.Image]], torch.Tensor]
+
+class ProcessImages(Protocol):
+    """RGB images and the number of tokens of each -> (tiles, channels, height, width), the tiles of each image one behind the other."""
+
+    def __call__(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int] | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,11 @@ class PackedBatch:
     segments: the forest; tokens attend within their segment and to its ancestors only.
     rows: (N,) positions whose next token is supervised; targets: (N,) that token; weights: (N,) its weight in the loss.
     sequence_index: (N,) which sequence of the batch each of them belongs to; row_numbers: data set row of each sequence.
-    pixel_values: (K, channels, height, width), each distinct image once, or None; image_index: (M,) which of the K stands at each image place,
-    in order of the places; image_positions: (total image tokens,) positions in `input_ids` that image features fill.
+    image_index: (M,) which of the K distinct images stands at each image place, in order of the places; image_positions: (total image tokens,)
+    positions in `input_ids` that image features fill.
+    pixel_values: (tiles, channels, height, width), the tiles of each of the K images one behind the other, or None; where a model cuts no tiles, K tiles.
+    image_sizes: (height, width) of each of the K images before processing; image_tokens: number of tokens of each. A model that cuts images
+    puts their tiles together by both; where there are none, every tile is an image.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +56,8 @@ class PackedBatch:
     pixel_values: torch.Tensor | None
     image_index: torch.Tensor
     image_positions: torch.Tensor
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    image_tokens: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +85,7 @@ class Collator:
     """Rows -> `PackedBatch`, each row one segment. Opens and processes each distinct image once.
 
     Args:
-        process_images: RGB images -> (K, channels, height, width).
+        process_images: makes pixel values of images; see `ProcessImages`.
         image_token_id: the id that image features replace.
     """
 
@@ -106,8 +116,9 @@ class Collator:
         supervised[[segment.start for segment in segments]] = False  # no predecessor in its segment
         targets = supervised.nonzero()[:, 0]
         sequence = torch.repeat_interleave(torch.tensor([segment.end - segment.start for segment in segments]))
-        places = distinct_images(rows)
-        number = {place: i for i, place in enumerate(places)}
+        images = distinct_images(rows)
+        number = {image: i for i, image in enumerate(images)}
+        pixel_values, image_sizes = self._pixels(images, rows) if images else (None, ())
         return PackedBatch(
             input_ids=input_ids.long()[None],
             position_ids=torch.cat([torch.arange(segment.end - segment.start) for segment in segments])[None],
@@ -117,22 +128,32 @@ class Collator:
             weights=weights[targets],
             sequence_index=sequence[targets],
             row_numbers=tuple(index for index, _ in numbered),
-            pixel_values=self._pixels(places, rows) if places else None,
-            image_index=torch.tensor([number[place] for row in rows for place in row.images], dtype=torch.long),
+            pixel_values=pixel_values,
+            image_index=torch.tensor([number[image] for row in rows for image in _images(row)], dtype=torch.long),
             image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
+            image_sizes=image_sizes,
+            image_tokens=tuple(tokens for _, tokens in images),
         )
 
-    def _pixels(self, places: list[Place], rows: Sequence[Row]) -> torch.Tensor:
+    def _pixels(self, images: list[tuple[Place, int]], rows: Sequence[Row]) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
+        places = list(dict.fromkeys(place for place, _ in images))
         try:
-            return self.process_images(open_images(places))
+            opened = dict(zip(places, open_images(places), strict=True))
+            pixel_values = self.process_images([opened[place] for place, _ in images], [tokens for _, tokens in images])
         except BadRow as error:
-            users = ", ".join(f"{row.file}: row {row.index}" for row in rows if any(place.path in error.detail for place in row.images))
-            raise InputError(f"{users}: {error.detail}; its header was whole when the run began. Mend the file, or start again with bad_rows: skip") from None
+            users = [row for row in rows if any(place.path in error.detail for place in row.images)] or [row for row in rows if row.images]
+            names = ", ".join(f"{row.file}: row {row.index}" for row in users)
+            raise InputError(f"{names}: {error.detail}; its header was whole when the run began. Mend the file, or start again with bad_rows: skip") from None
+        return pixel_values, tuple((opened[place].height, opened[place].width) for place, _ in images)
 
 
-def distinct_images(rows: Sequence[Row]) -> list[Place]:
-    """Every image place of some rows once, in order of first use."""
-    return list(dict.fromkeys(place for row in rows for place in row.images))
+def _images(row: Row) -> Iterator[tuple[Place, int]]:
+    return zip(row.images, row.image_tokens, strict=True)
+
+
+def distinct_images(rows: Sequence[Row]) -> list[tuple[Place, int]]:
+    """Every image of some rows once, with its number of tokens, in order of first use; one that comes with another number is processed in another way."""
+    return list(dict.fromkeys(image for row in rows for image in _images(row)))
 
 
 class NumberedRows(torch.utils.data.Dataset[tuple[int, Row]]):

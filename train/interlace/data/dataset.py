@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,17 +131,29 @@ def make_stores(sources: Sequence[Source], reader: RowReader, cache_dir: Path, w
     """
     start = psutil.Process().create_time()
     settings = reader.fingerprint()
-    folders = [cache_dir / "rows" / _key(source, settings) for source in sources]
+    try:
+        folders = [cache_dir / "rows" / _key(source, settings) for source in sources]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     try:
         (cache_dir / "rows").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir / "rows" / f"{hashlib.sha256(repr(folders).encode()).hexdigest()[:16]}.lock")
-        with lock:  # the first process makes them, the others wait and find them
-            missing = [i for i, folder in enumerate(folders) if not (folder / "source.json").is_file() or not Store(folder, "").is_current(start)]
+        with ExitStack() as locks:  # the first process makes them, the others wait and find them; sorted, so that no two wait for each other
+            for name in sorted({folder.name[:2] for folder in folders}):  # 256 locks at most: open files are few
+                locks.enter_context(FileLock(cache_dir / "rows" / f"{name}.lock"))
+            missing = [i for i, folder in enumerate(folders) if folders.index(folder) == i and not _is_usable(folder, start)]
             if missing:
                 _build([sources[i] for i in missing], [folders[i] for i in missing], reader, workers, show_progress)
+            return [Store(folder, source.file) for folder, source in zip(folders, sources, strict=True)]
     except OSError as error:
         raise InputError(f"{cache_dir}: rows cannot be kept there: {error.strerror or error}; choose another folder with cache_dir") from error
-    return [Store(folder, source.file) for folder, source in zip(folders, sources, strict=True)]
+
+
+def _is_usable(folder: Path, start: float) -> bool:
+    """Whether a folder holds a whole store whose media are as they were; one that lost power while it was written is made anew."""
+    try:
+        return Store(folder, "").is_current(start)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _key(source: Source, settings: str) -> str:

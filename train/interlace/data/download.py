@@ -37,8 +37,10 @@ def download(url: str, policy: UrlPolicy) -> bytes:
     deadline = time.monotonic() + policy.timeout_seconds
     first = url
     try:
-        with httpx.Client(timeout=policy.timeout_seconds, follow_redirects=False, headers={"User-Agent": "interlace"}) as client:
+        with httpx.Client(timeout=policy.timeout_seconds, follow_redirects=False, headers={"User-Agent": "interlace", "Accept-Encoding": "identity"}) as client:
             for _ in range(_MOST_REDIRECTS + 1):
+                if time.monotonic() > deadline:
+                    raise BadRow("url_error", f"{first[:200]}: not done after {policy.timeout_seconds:g} seconds")
                 address = checked_address(httpx.URL(url), policy)
                 target = httpx.URL(url)
                 headers, settings = {"Host": target.netloc.decode("ascii")}, {"sni_hostname": target.host}
@@ -48,7 +50,7 @@ def download(url: str, policy: UrlPolicy) -> bytes:
                         continue
                     response.raise_for_status()
                     return _body(response, first, policy, deadline)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, KeyError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, KeyError, UnicodeError) as error:
         raise BadRow("url_error", f"{first[:200]}: {type(error).__name__}: {error}") from None
     raise BadRow("url_error", f"{first[:200]}: more than {_MOST_REDIRECTS} redirects")
 
@@ -74,7 +76,7 @@ def checked_address(url: httpx.URL, policy: UrlPolicy) -> str:
 
 def _body(response: httpx.Response, url: str, policy: UrlPolicy, deadline: float) -> bytes:
     body = bytearray()
-    for piece in response.iter_bytes():
+    for piece in response.iter_raw():
         body += piece
         if len(body) > policy.max_bytes:
             raise BadRow("url_error", f"{url[:200]}: more than {policy.max_bytes} bytes")

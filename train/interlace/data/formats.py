@@ -19,7 +19,7 @@ from interlace.data.record_parts import (
     text_turn,
     with_system,
 )
-from interlace.data.sample import BadRow, Part, PreferencePair, Sample, Text, Turn, Video
+from interlace.data.sample import BadRow, Part, PreferencePair, Role, Sample, Text, Turn, Video
 
 PLACEHOLDER = "<image>"
 Format = Callable[[Mapping[str, Any]], Sample | PreferencePair]
@@ -107,9 +107,9 @@ def from_alpaca(record: Mapping[str, Any]) -> Sample:
 def from_prompt_completion(record: Mapping[str, Any]) -> Sample:
     """TRL: `{prompt, completion, images}`, both as text or both as messages; the loss covers the completion."""
     media = RecordMedia(record)
-    turns = _prompt_turns(record["prompt"], media)
+    turns = with_system(record, _prompt_turns(record.get("prompt"), media))
     turns = [Turn(turn.role, turn.parts, 0.0) for turn in turns]
-    turns.append(_answer(record["completion"], "completion", media))
+    turns.append(_answer(record.get("completion"), "completion", media))
     return _sample(record, turns, media, in_front=True)
 
 
@@ -179,7 +179,7 @@ def _message_turns(values: list[Any], media: RecordMedia) -> list[Turn]:
         if isinstance(content, str):
             turns.append(text_turn(role, content, media, weight))
         elif isinstance(content, list):
-            turn = Turn(role, tuple(_content_part(item, media) for item in content), weight)
+            turn = Turn(role, tuple(part for item in content for part in _content_parts(item, role, media)), weight)
             if role != "user" and turn.media:
                 raise BadRow("image_outside_user_turn", f"an image or a video stands in a turn of the {role}")
             turns.append(turn)
@@ -188,10 +188,10 @@ def _message_turns(values: list[Any], media: RecordMedia) -> list[Turn]:
     return turns
 
 
-def _content_part(item: Any, media: RecordMedia) -> Part:
+def _content_parts(item: Any, role: Role, media: RecordMedia) -> tuple[Part, ...]:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
-        return Text(item["text"])
+        return text_turn(role, item["text"], media).parts
     if kind in ("image", "image_url", "video", "video_url"):
         value = item.get(kind)
         if kind.endswith("_url") and isinstance(value, dict):
@@ -201,9 +201,11 @@ def _content_part(item: Any, media: RecordMedia) -> Part:
             value = {"base64": value} if value is not None and value == item.get("base64") else value
         is_video = kind.startswith("video")
         if value is None:
-            return media.take("<video>" if is_video else "<image>")
+            if item.get("index") not in (None, media.placed):
+                raise BadRow("placeholder_mismatch", f"medium {media.placed} of the text has the index {item['index']}; list media in its order")
+            return (media.take("<video>" if is_video else "<image>"),)
         media.placed += 1
-        return as_video(value) if is_video else as_image(value)
+        return (as_video(value) if is_video else as_image(value),)
     raise BadRow("bad_turn", f"expected a part of type text, image, image_url, video or video_url; got {str(item)[:80]}")
 
 
@@ -282,7 +284,7 @@ def _without_prompt(value: Any, prompt: Any) -> Any:
 
 
 def _finished_prompt(record: Mapping[str, Any], value: Any, media: RecordMedia) -> tuple[list[Turn], str | None]:
-    turns = with_system(record, _prompt_turns(value, media))
+    turns = with_system(record, [*_pair_turns(_history(record), media), *_prompt_turns(value, media)])
     media.finish(turns, in_front=True)
     turns, note = checked_order(turns)
     if turns[-1].role != "user":
@@ -295,12 +297,15 @@ def _json_object(text: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _sample(record: Mapping[str, Any], turns: list[Turn], media: RecordMedia, in_front: bool) -> Sample:
+    unwanted = [name for name in ("kto_tag", *(["label"] if in_front else [])) if record.get(name) is False]  # TRL's and SWIFT's `label`, LLaMA-Factory's tag
+    if unwanted:
+        raise BadRow("unwanted_answer", f"`{unwanted[0]}` is false: the answer is an example of what not to say")
     media.finish(turns, in_front)
     if any(isinstance(part, Video) and turn.role != "user" for turn in turns for part in turn.parts):
         raise BadRow("image_outside_user_turn", "a video stands outside the user's turns")

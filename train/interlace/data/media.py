@@ -70,7 +70,7 @@ def _opened(file: BinaryIO) -> Iterator[PIL.Image.Image]:
 
 def _orientation(image: PIL.Image.Image) -> int:
     """The EXIF orientation, from what stands before the pixels: asking Pillow for a PNG's EXIF would decode all of it."""
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):  # Pillow turns a TIFF itself
         return 1
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     return orientation if isinstance(orientation, int) else 1

@@ -85,9 +85,14 @@ class Finder:
         if item.path in self.members:
             member = self.members[item.path]
             return self.kept.keep(member) if isinstance(member, bytes) else member
-        if is_url(item.path):
+        if is_url(item.path) and is_text(item.path):
             return self.kept.fetch(item.path)
         return Place(locate(item.path, self.video_roots if kind == "video" else self.image_roots, kind))
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: no half characters."""
+    return name.encode("utf-8", "replace").decode() == name
 
 
 class _Slice(io.RawIOBase):
@@ -137,7 +142,7 @@ def locate(path: str, roots: tuple[Path, ...], kind: str = "image") -> str:
     Raises:
         BadRow: outside the roots; missing; no regular file.
     """
-    if "\0" in path or len(path.encode("utf-8", "replace")) > _LONGEST_PATH:
+    if "\0" in path or not is_text(path) or len(path.encode()) > _LONGEST_PATH:
         raise BadRow(f"bad_{kind}", f"{path[:80]!r} is no file name")
     try:
         folders = [_real_folder(str(root), "") for root in roots]

@@ -21,9 +21,9 @@ from interlace.data.batch import ProcessImages
 from interlace.data.ledger import Entry, Ledger, Status
 from interlace.data.lengths import expand
 from interlace.data.media import open_images
-from interlace.data.readers import ArchiveRow
 from interlace.data.reading import Headers, Outcome, Record, Row
 from interlace.data.sample import BadRow, Place
+from interlace.data.shards import ArchiveRow
 from interlace.data.template import IGNORE_INDEX, Encoded
 from interlace.data.video import check_video
 from interlace.errors import InputError
@@ -247,9 +247,9 @@ class Viewer:
             images = open_images(row.images)
         except BadRow as error:
             raise InputError(f"{row.file}: row {row.index}: {error.reason}: {error.detail}") from None
-        pixel_values = np.asarray(self.process_images(images))
-        for place, tokens, image, values in zip(row.images, row.image_tokens, images, pixel_values, strict=True):
-            after = restored(values, self.mean, self.std)
+        for place, tokens, image in zip(row.images, row.image_tokens, images, strict=True):
+            tiles = np.asarray(self.process_images([image], [tokens]))  # the first one shows the whole image
+            after = restored(tiles[0], self.mean, self.std)
             name = _short_name(place, (*record.source.image_roots, *record.source.video_roots))
             seconds = None
             if place.pts is not None:

@@ -8,17 +8,16 @@ import codecs
 import gzip
 import json
 import re
-import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from interlace.data.sample import BadRow, Place
+from interlace.data.sample import BadRow
+from interlace.data.shards import tar_rows
 from interlace.errors import InputError
 
 Rows = Iterator[tuple[int, Any, float]]
@@ -26,16 +25,6 @@ _CHUNK_BYTES = 1 << 20
 _LONGEST_ROW = 256 << 20
 _ROWS_PER_BATCH = 64  # of a table: rows may hold whole images
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveRow:
-    """A record from an archive and the media that lie beside it there, by name: where they are, or (from a compressed one) their bytes."""
-
-    value: Any
-    members: Mapping[str, Place | bytes]
 
 
 def read_rows(path: Path) -> Rows:
@@ -55,7 +44,7 @@ def read_rows(path: Path) -> Rows:
         elif name.endswith(".parquet"):
             yield from _parquet(path)
         elif name.endswith(_TAR_SUFFIXES):
-            yield from _tar(path)
+            yield from tar_rows(path)
         else:
             raise InputError(f"{path}: unknown kind of file; expected .json, .jsonl (also .gz), .parquet, .tar, .yaml or a folder that `datasets` saved")
     except OSError as error:
@@ -113,8 +102,8 @@ def _json_line(line: bytes, number: int) -> Any:
         return BadRow("bad_text", f"line {number} is not UTF-8 at its byte {error.start}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return BadRow("bad_json", f"line {number}, column {error.colno}: {error.msg}; each line must be one complete JSON object")
-    except RecursionError:
-        return BadRow("bad_json", f"line {number}: nested too deeply")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        return BadRow("bad_json", f"line {number}: {error}")
 
 
 class _Text:
@@ -218,6 +207,8 @@ def _element(text: _Text, position: int) -> tuple[Any, int]:
                 raise _incomplete(text, error.pos, error.msg) from None
         except RecursionError:
             raise _incomplete(text, position, "nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise _incomplete(text, position, str(error)) from None
 
 
 def _incomplete(text: _Text, position: int, message: str) -> InputError:
@@ -249,7 +240,7 @@ def _parquet(path: Path) -> Rows:
         if file.metadata.num_rows == 0:
             raise InputError(f"{path}: no rows")
         yield from _table_rows(file.iter_batches(_ROWS_PER_BATCH), file.metadata.num_rows)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError, OverflowError) as error:  # the last two: damaged text and dates
         raise InputError(f"{path}: no complete parquet file: {error}") from None
 
 
@@ -270,73 +261,3 @@ def dataset_rows(dataset: Any) -> Rows:
     """The rows of a `datasets.Dataset`, media as they are stored."""
     batches = (batch for table in dataset.with_format("arrow").iter(_ROWS_PER_BATCH) for batch in table.to_batches())
     yield from _table_rows(batches, len(dataset))
-
-
-def _tar(path: Path) -> Rows:
-    """A WebDataset shard: members that share a name up to the first dot make one row (`0001.json`, `0001.jpg`, `0001.1.jpg`, ..)."""
-    packed = not path.name.lower().endswith(".tar")
-    size, index = path.stat().st_size, 0
-    key, position = "", 0.0
-    group: dict[str, bytes | Place] = {}
-    try:
-        with tarfile.open(path, "r:gz" if packed else "r:") as archive:
-            for member in archive:
-                if not packed and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-                if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem = f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
-                if group and stem != key:
-                    yield index, _tar_row(group), position
-                    index, group = index + 1, {}
-                key, position = stem, 0.0 if packed else member.offset_data / size
-                is_text = name.lower().endswith((".json", ".txt"))
-                extracted = archive.extractfile(member) if packed or is_text else None
-                group[member.name] = extracted.read() if extracted else Place(str(path.resolve()), member.offset_data, member.size)
-            if not packed and not _has_tar_end(path):
-                raise tarfile.ReadError("its end mark is missing")
-        if group:
-            yield index, _tar_row(group), 1.0
-            index += 1
-    except (tarfile.ReadError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if index == 0 and not group:
-            raise InputError(f"{path}: no complete tar archive: {error}") from None
-        yield index, BadRow("broken_archive", f"the archive breaks off at {key or 'its beginning'}: {error}; what follows is lost"), 1.0
-        index += 1
-    if index == 0:
-        raise InputError(f"{path}: the archive holds no rows")
-
-
-def _has_tar_end(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1024))
-        return file.read() == bytes(1024)
-
-
-def _tar_row(group: Mapping[str, bytes | Place]) -> Any:
-    """The record of a shard's sample: its json; media it does not name are its images and videos, by name. A text alone is a caption."""
-    texts = {name: value for name, value in group.items() if isinstance(value, bytes) and name.lower().endswith((".json", ".txt"))}
-    media = {name: value for name, value in group.items() if name not in texts}
-    record = next((_member_json(name, value) for name, value in texts.items() if name.endswith(".json")), None)
-    if isinstance(record, BadRow):
-        return record
-    named = {suffixes[0]: sorted(name for name in media if name.lower().rpartition(".")[2] in suffixes) for suffixes in (_IMAGE_SUFFIXES, _VIDEO_SUFFIXES)}
-    if record is None:
-        caption = next((value.decode("utf-8", "replace") for name, value in texts.items() if name.endswith(".txt")), None)
-        if caption is None:
-            return BadRow("unknown_format", f"neither .json nor .txt among {', '.join(sorted(group))}")
-        record = {"conversations": [["<image>" * len(named["jpg"]) + "<video>" * len(named["mp4"]), caption.strip()]]}
-    if isinstance(record, dict):
-        for name, names in (("image", named["jpg"]), ("video", named["mp4"])):
-            if names and not any(record.get(key) for key in (name, f"{name}s")):
-                record[name] = names
-    short = {name.rpartition("/")[2]: value for name, value in media.items()}
-    return ArchiveRow(record, {**short, **media})
-
-
-def _member_json(name: str, value: bytes) -> Any:
-    try:
-        return json.loads(value.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        return BadRow("bad_json", f"{name}: {error}")

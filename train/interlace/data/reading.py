@@ -11,13 +11,13 @@ from interlace.data.ledger import Entry
 from interlace.data.lengths import TooLong, expanded_length, fit, most_frames
 from interlace.data.media import check_image
 from interlace.data.places import Finder, MediaFolder
-from interlace.data.readers import ArchiveRow
 from interlace.data.sample import BadRow, Image, Part, Place, PreferencePair, Sample, Text, Turn, Video, media_of
+from interlace.data.shards import ArchiveRow
 from interlace.data.sources import Source
 from interlace.data.template import ChatTemplate, Encoded
 from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers, frame_folder
 
-ImageTokens = Callable[[int, int], int]
+ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
 _VERSION = 2  # raise it when the same record would make another row: rows on disk are made anew
 
@@ -110,10 +110,10 @@ class Headers:
             try:
                 found[place] = check(place, max_pixels)
             except BadRow as error:
-                found[place] = error
+                found[place] = BadRow(error.reason, error.detail)  # not the error itself, which holds on to every frame it has passed
         result = found[place]
         if isinstance(result, BadRow):
-            raise result
+            raise BadRow(result.reason, result.detail)
         return result
 
 
@@ -123,7 +123,7 @@ class RowReader:
 
     Args:
         template: writes the prompt.
-        image_tokens: (width, height) -> number of tokens of an image.
+        image_tokens: (width, height) of each image of a row -> number of tokens of each.
         image_settings: names what `image_tokens` depends on; part of the fingerprint.
         max_length, too_long: the length policy, in expanded tokens.
         max_image_pixels: larger images, and videos with larger frames, are bad.
@@ -216,16 +216,23 @@ class RowReader:
         self, sample: Sample | PreferencePair, visuals: Sequence["_Visual"], num_frames: int, headers: Headers
     ) -> tuple[Encoded, list[list[Place]], list[list[int]]]:
         places = [visual.chosen(num_frames, self.video_fps) for visual in visuals]
-        tokens = []
-        for visual, group in zip(visuals, places, strict=True):
-            sizes = [visual.size or headers.of(place, check_image, self.max_image_pixels) for place in group]
-            tokens.append([self.image_tokens(*size) for size in sizes])
+        sizes = [
+            [visual.size or headers.of(place, check_image, self.max_image_pixels) for place in group] for visual, group in zip(visuals, places, strict=True)
+        ]
+        # an answer with a prompt of its own is a row of its own: a model may count a single image in another way than one of several
+        first = len(media_of(sample.prompt)) if isinstance(sample, PreferencePair) else len(sizes)
+        tokens = [group for part in (sizes[:first], sizes[first:]) for group in self._counted(part)]
         counts = iter(map(len, places))
         if isinstance(sample, Sample):
             return self.template.encode(replace(sample, turns=_with_frames(sample.turns, counts))), places, tokens
         prompt = _with_frames(sample.prompt, counts)
         rejected = None if sample.rejected_prompt is None else _with_frames(sample.rejected_prompt, counts)
         return self.template.encode_pair(replace(sample, prompt=prompt, rejected_prompt=rejected)), places, tokens
+
+    def _counted(self, sizes: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
+        """Number of tokens of each image of each medium of one row."""
+        tokens = iter(self.image_tokens([size for group in sizes for size in group]))
+        return [[next(tokens) for _ in group] for group in sizes]
 
     def outcomes(self, records: Iterator[Record]) -> Iterator[Outcome]:
         """The outcomes of records, in order."""

@@ -1,7 +1,6 @@
 """What all record formats share: taking media out of a record, putting them at their placeholders, and the order of turns."""
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -15,6 +14,7 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # How the encoded bytes of images begin in base64: JPEG, PNG, GIF, WebP, BMP
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 _LONGEST_NAME = 1024
+_LARGEST_WEIGHT = 1e6
 _PLACEHOLDER = re.compile("(<image>|<video>)")
 
 
@@ -32,11 +32,12 @@ class RecordMedia:
         self.videos = _videos(_listed(record, video_names))
         self.listed = len(self.images) + len(self.videos)
         self.placed = 0
+        self.image_means_video = bool(self.videos) and not self.images
 
     def take(self, kind: str) -> Image | Video:
         """The next image for `<image>`, the next video for `<video>`; `<image>` also stands for a video in a row without images, as LLaVA-NeXT writes it."""
         self.placed += 1
-        supply: list[Any] = self.videos if kind == "<video>" or (self.videos and not self.images) else self.images
+        supply: list[Any] = self.videos if kind == "<video>" or self.image_means_video else self.images
         if not supply:
             raise BadRow("placeholder_mismatch", f"more {kind} placeholders than {'videos' if kind == '<video>' else 'images'}")
         first: Image | Video = supply.pop(0)
@@ -133,7 +134,7 @@ def _decoded(text: str, kind: str) -> tuple[str, bytes | None]:
 def _base64(text: str, kind: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or characters beyond ASCII
         raise BadRow(f"bad_{kind}", f"the embedded {kind} is no base64: {error}") from None
 
 
@@ -154,9 +155,9 @@ def loss_weight(turn: Mapping[str, Any]) -> float:
     Raises:
         BadRow: anything else, NaN and infinity included.
     """
-    weight = turn.get("loss")
+    weight = turn.get("loss") if turn.get("loss") is not None else turn.get("weight")
     weight = True if weight is None else weight
-    if not isinstance(weight, (bool, int, float)) or not 0 <= weight < float("inf"):
+    if not isinstance(weight, (bool, int, float)) or not 0 <= weight <= _LARGEST_WEIGHT:
         raise BadRow("bad_weight", f"expected `loss` as true, false or a weight of at least 0, got {weight!r}")
     return float(weight)
 
@@ -175,7 +176,11 @@ def text_turn(role: Role, text: str, media: RecordMedia, weight: float = 1.0) ->
 def with_system(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """The turns with the record's own `system` text in front, where it has one and no system turn."""
     system = record.get("system")
-    if isinstance(system, str) and system and not (turns and turns[0].role == "system"):
+    if system and not isinstance(system, str):
+        raise BadRow("bad_turn", f"expected `system` as a text, got {str(system)[:80]}")
+    if system and turns and turns[0].role == "system" and turns[0].text != system:
+        raise BadRow("ambiguous", "`system` and the system turn differ; keep one")
+    if system and not (turns and turns[0].role == "system"):
         if _PLACEHOLDER.search(system):
             raise BadRow("image_outside_user_turn", "a placeholder stands in the system prompt; images belong into turns of the user")
         return [Turn("system", (Text(system),)), *turns]

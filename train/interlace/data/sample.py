@@ -99,5 +99,6 @@ class BadRow(Exception):
     """A row that cannot be trained on: a short reason for counting, and the detail for the person."""
 
     def __init__(self, reason: str, detail: str):
+        detail = detail.encode("utf-8", "backslashreplace").decode()  # half a character in the data can be written nowhere
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail

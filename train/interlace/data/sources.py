@@ -73,7 +73,7 @@ class Source:
             digest.update(str(self.table._fingerprint).encode())
             return digest.hexdigest()
         path = Path(self.file)
-        files = sorted(path.glob("*")) if path.is_dir() else [path]
+        files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             with file.open("rb") as handle:
                 if file.suffix.lower() in _WHOLLY_HASHED:
@@ -123,6 +123,7 @@ def _expand_mixtures(entry: Mapping[str, Any], problems: list[str]) -> Iterator[
             problems.append(str(error))
 
 
+_TEXT_KEYS = ("sampling_strategy", "image_folder", "video_folder", "format")
 _MIXTURE_KEYS = {
     "json_path": "data_files",
     "data_files": "data_files",
@@ -140,7 +141,7 @@ def _read_mixture(path: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no valid yaml: {error}") from None
     steps = value.get("datasets") if isinstance(value, dict) else None
     if not isinstance(steps, list) or not steps:
@@ -153,6 +154,10 @@ def _read_mixture(path: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
         unknown = set(step) - set(_MIXTURE_KEYS)
         if unknown:
             raise InputError(f"{where}: unknown keys {', '.join(sorted(map(str, unknown)))}; known: {', '.join(_MIXTURE_KEYS)}")
+        wrong = [name for name in _TEXT_KEYS if not isinstance(step.get(name), (str, type(None)))]
+        wrong += ["weight"] if isinstance(step.get("weight"), bool) or not isinstance(step.get("weight", 1), (int, float)) else []
+        if wrong:
+            raise InputError(f"{where}: {', '.join(f'{name}: {step[name]!r}' for name in wrong)}: expected a text (weight: a number)")
         renamed = {_MIXTURE_KEYS[name] or name: item for name, item in step.items()}
         twice = [name for name in renamed if name != "data_files" and name in entry and entry[name] not in (None, "all", 1, 1.0, renamed[name])]
         if twice:
@@ -173,6 +178,8 @@ def _read_entry(entry: Mapping[str, Any], seed: int | str) -> list[Source]:
     weight = 1.0 if weight is None else float(weight)
     if not 0 < weight < math.inf:
         raise InputError(f"{entry['data_files']}: weight: expected a number above 0, got {weight}")
+    if entry.get("format") not in (None, *FORMATS):
+        raise InputError(f"{entry['data_files']}: format: expected one of {', '.join(FORMATS)}, got {entry['format']!r}")
     kind = entry.get("format") or NAMED_FORMATS.get(entry.get("name") or "")
     sources = []
     for file, table in _tables(entry):

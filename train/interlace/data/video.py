@@ -119,13 +119,16 @@ def frame_folder(folder: Path) -> list[Path]:
     Raises:
         BadRow: there is none, or one is a link that leads out of the folder.
     """
-    frames = [path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()]
+    try:
+        frames = [path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()]
+    except OSError as error:
+        raise BadRow("broken_video", f"{folder} cannot be listed: {error.strerror}") from None
     if not frames:
         raise BadRow("empty_video", f"{folder} holds no image files")
     for path in frames:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise BadRow("outside_folder", f"{path} is a link that leads out of its folder")
-    return sorted(frames, key=lambda path: ([int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.name)], path.name))
+    return sorted(frames, key=lambda path: ([int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))], path.name))
 
 
 def decode_frames(place: Place, pts: Sequence[int]) -> list[PIL.Image.Image]:

@@ -26,7 +26,7 @@ def read_questions(entry: dict[str, Any], generator: Generator, max_length: int,
     """
     processing = generator.processing
     kept = MediaFolder(default_cache_dir() / "media")
-    reader = RowReader(processing.template, processing.image_tokens, processing.image_settings, max_length, "error", max_image_pixels, kept)
+    reader = RowReader(processing.template, processing.row_image_tokens, processing.image_settings, max_length, "error", max_image_pixels, kept)
     records = tqdm(records_of(read_entries([entry], 0)), desc="checking rows", unit="row", leave=False)
     outcomes = list(reader.outcomes(iter(records)))
     check_ledger(Ledger.of([outcome.entry for outcome in outcomes]), "error", "error", None)
@@ -38,7 +38,7 @@ def question_of(outcome: Outcome, generator: Generator) -> tuple[Prompt, str]:
     assert isinstance(outcome.sample, Sample) and outcome.row is not None
     encoded = outcome.row.encoded
     start = encoded.answer_starts[-1]
-    return Prompt(generator.expanded(encoded.input_ids[:start].tolist()), outcome.row.images), outcome.sample.turns[-1].text
+    return Prompt(generator.expanded(encoded.input_ids[:start].tolist(), outcome.row.image_tokens), outcome.row.images), outcome.sample.turns[-1].text
 
 
 def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, max_new_tokens: int) -> list[dict[str, Any]]:

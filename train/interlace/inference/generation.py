@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import PIL.Image
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from interlace.data.media import open_images
+from interlace.data.media import check_image, open_images
 from interlace.data.sample import Image, Place, Turn, media_of
 from interlace.model.loading import Processing, load_for_inference, load_processing, quantization, resolve_model_path
+
+MOST_PIXELS = 178_000_000  # of an image in a dialogue
 
 
 def default_device() -> torch.device:
@@ -39,15 +40,16 @@ class Generator:
         """A conversation whose images are files, up to where the next answer begins.
 
         Raises:
-            BadRow: a control token in the text.
+            BadRow: a control token in the text, or an image that cannot be read.
         """
         places = tuple(Place(item.path) for item in media_of(turns) if isinstance(item, Image))
-        return Prompt(self.expanded(self.processing.template.encode_prompt(turns)), places)
+        tokens = self.processing.row_image_tokens([check_image(place, MOST_PIXELS) for place in places])
+        return Prompt(self.expanded(self.processing.template.encode_prompt(turns), tokens), places)
 
-    def expanded(self, ids: Sequence[int]) -> list[int]:
-        """Ids with each image as all of its tokens."""
-        image = self.processing.config.image_token_id
-        return [token for single in ids for token in [single] * (self.processing.tokens_per_image if single == image else 1)]
+    def expanded(self, ids: Sequence[int], image_tokens: Sequence[int]) -> list[int]:
+        """Ids with each image as all of its tokens, `image_tokens` of each."""
+        image, counts = self.processing.config.image_token_id, iter(image_tokens)
+        return [token for single in ids for token in [single] * (next(counts) if single == image else 1)]
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
@@ -62,8 +64,11 @@ class Generator:
         pad = end if pad is None else pad
         ids = torch.tensor([[pad] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts], device=self.device)
-        images: list[PIL.Image.Image] = open_images([place for prompt in prompts for place in prompt.images])
-        vision = {"pixel_values": self.processing.process_images(images).to(self.device, self.model.dtype)} if images else {}
+        images = iter(open_images([place for prompt in prompts for place in prompt.images]))
+        vision = self.processing.generation_inputs([[next(images) for _ in prompt.images] for prompt in prompts])
+        if vision:
+            vision = {name: values.to(self.device) for name, values in vision.items()}
+            vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
         output = self.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,

@@ -1,13 +1,31 @@
 """The little that differs per model family, as a table keyed by `config.model_type`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from interlace.errors import InputError
+from interlace.model.tiles import Tiles, choose_next_tiles, choose_onevision_tiles, next_tiles, onevision_tiles
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a family whose images are cut into tiles has besides.
+
+    choose: (config, image_aspect_ratio or None) -> None; writes the user's choice into the configuration, or refuses it.
+    tiles: config -> how images are cut.
+    newline: name of the parameter, inside `PreTrainedModel.model`, that ends a row of features.
+    assemble: (`PreTrainedModel.model`, projected features (tiles, tokens, width) of each image, (height, width) of each) -> (tokens, width) of each.
+    """
+
+    choose: Callable[[PretrainedConfig, str | None], None]
+    tiles: Callable[[PretrainedConfig], Tiles]
+    newline: str
+    assemble: Callable[[Any, Sequence[torch.Tensor], Sequence[tuple[int, int]]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -16,7 +34,9 @@ class Family:
 
     vision_tower, projector, language_model: module names inside `PreTrainedModel.model`.
     features: (config, tower, pixel_values (K, C, H, W)) -> (K, tokens, vision width), before the projector.
-    tokens_per_image: config -> number of tokens of an image.
+    tokens_per_image: config -> number of tokens of an image, or of a tile.
+    processor: class name of its processor in transformers; processor_settings: config -> what that class wants to be told besides.
+    tiling: None where an image is one tile.
     """
 
     vision_tower: str
@@ -24,6 +44,9 @@ class Family:
     language_model: str
     features: Callable[[PretrainedConfig, nn.Module, torch.Tensor], torch.Tensor]
     tokens_per_image: Callable[[PretrainedConfig], int]
+    processor: str
+    processor_settings: Callable[[PretrainedConfig], dict[str, Any]]
+    tiling: Tiling | None = None
 
 
 def llava_features(config: PretrainedConfig, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -43,7 +66,37 @@ def llava_tokens(config: PretrainedConfig) -> int:
     return patches + int(config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model")
 
 
-FAMILIES = {"llava": Family("vision_tower", "multi_modal_projector", "language_model", llava_features, llava_tokens)}
+def llava_processor(config: PretrainedConfig) -> dict[str, Any]:
+    """Settings of `LlavaProcessor` and `LlavaNextProcessor`."""
+    return {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": int(config.vision_config.model_type == "clip_vision_model")}
+
+
+def onevision_processor(config: PretrainedConfig) -> dict[str, Any]:
+    """Settings of `LlavaOnevisionProcessor`; its count includes the class token that strategy "default" leaves out."""
+    tokens = llava_tokens(config) + int(config.vision_feature_select_strategy == "default")
+    return {"num_image_tokens": tokens, "vision_aspect_ratio": config.vision_aspect_ratio}
+
+
+def next_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """See `Tiling.assemble`."""
+    strategy = model.config.vision_feature_select_strategy
+    return model.pack_image_features(features, image_sizes, vision_feature_select_strategy=strategy, image_newline=model.image_newline)[0]
+
+
+def onevision_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """See `Tiling.assemble`."""
+    most = model.config.vision_aspect_ratio
+    return model.pack_image_features(features, image_sizes, image_newline=model.image_newline, vision_aspect_ratio=most)[0]
+
+
+_LLAVA = ("vision_tower", "multi_modal_projector", "language_model", llava_features, llava_tokens)
+FAMILIES = {
+    "llava": Family(*_LLAVA, "LlavaProcessor", llava_processor),
+    "llava_next": Family(*_LLAVA, "LlavaNextProcessor", llava_processor, Tiling(choose_next_tiles, next_tiles, "image_newline", next_assemble)),
+    "llava_onevision": Family(
+        *_LLAVA, "LlavaOnevisionProcessor", onevision_processor, Tiling(choose_onevision_tiles, onevision_tiles, "image_newline", onevision_assemble)
+    ),
+}
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -79,6 +132,7 @@ def part_of(model: PreTrainedModel) -> Callable[[str], str]:
         words = name.split(".")
         if family.vision_tower in words:
             return "vision_tower"
-        return "projector" if family.projector in words else "language_model"
+        is_newline = family.tiling is not None and words[-1] == family.tiling.newline
+        return "projector" if family.projector in words or is_newline else "language_model"
 
     return part

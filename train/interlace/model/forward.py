@@ -44,7 +44,7 @@ class FrozenTower:
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(K, channels, height, width) -> (K, tokens, width) before the projector; no graph."""
+        """(tiles, channels, height, width) -> (tiles, tokens, width) before the projector; no graph."""
         parameter = next(self.module.parameters())
         if parameter.device != pixel_values.device:
             self.module.to(pixel_values.device)
@@ -89,41 +89,57 @@ class PackedModel(nn.Module):
         targets: torch.Tensor,
         image_index: torch.Tensor,
         image_positions: torch.Tensor,
+        image_sizes: Sequence[tuple[int, int]] = (),
+        image_tokens: Sequence[int] = (),
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> RowScores:
         """Scores the supervised rows of one `PackedBatch` (its fields; see there for shapes).
 
         Args:
-            image_features: (K, tokens, vision width) from a frozen tower, in place of `pixel_values`.
+            image_features: (tiles, tokens, vision width) from a frozen tower, in place of `pixel_values`.
         """
         embeddings = self.model.get_input_embeddings()(input_ids)
-        embeddings = self._place_images(embeddings, image_index, image_positions, pixel_values, image_features)
+        if pixel_values is not None:
+            image_features = self._tower_features(pixel_values)
+        if image_features is None:
+            embeddings = embeddings + self._nothing(embeddings)
+        else:
+            filled = self._image_rows(image_features, image_index, len(image_positions), image_sizes, image_tokens)
+            embeddings = embeddings.index_copy(1, image_positions, filled[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
         hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=segments).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[0, rows]).float()
         log_probs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
         return RowScores(log_probs, logits.argmax(1) == targets)
 
-    def _place_images(
-        self,
-        embeddings: torch.Tensor,
-        image_index: torch.Tensor,
-        image_positions: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_features: torch.Tensor | None,
+    def _image_rows(
+        self, image_features: torch.Tensor, image_index: torch.Tensor, num_rows: int, image_sizes: Sequence[tuple[int, int]], image_tokens: Sequence[int]
     ) -> torch.Tensor:
+        """(tiles, tokens, vision width) -> (num_rows, text width): the tokens of the image at each place, one place behind the other."""
         projector = getattr(self.model.model, self.family.projector)
-        if pixel_values is None and image_features is None:
-            # Every rank must call the same modules: a text-only batch sends one zero row (or one blank image) through, at zero weight.
-            features = self._tower_features(self._blank_image(embeddings)) if self.tower is not None else self._zero_row(embeddings)
-            return embeddings + 0 * projector(features).sum().to(embeddings.dtype)
-        if pixel_values is not None:
-            image_features = self._tower_features(pixel_values)
-        assert image_features is not None
         projected = projector(image_features.to(self._dtype(projector)))
-        filled = projected[image_index].flatten(0, 1).to(embeddings.dtype)
-        return embeddings.index_copy(1, image_positions, filled[None])
+        if self.family.tiling is None or not image_sizes:
+            return projected[image_index].flatten(0, 1)
+        tiles = self.family.tiling.tiles(self.config)
+        num_tiles = [tiles.count(size, tokens) for size, tokens in zip(image_sizes, image_tokens, strict=True)]
+        images = self.family.tiling.assemble(self.model.model, projected.split(num_tiles), image_sizes)
+        assert [len(image) for image in images] == list(image_tokens)
+        lengths = torch.tensor(image_tokens, device=projected.device)
+        at_place = lengths[image_index]
+        # where each place's rows begin among all images' rows, less where they begin among all places' rows
+        shift = (lengths.cumsum(0) - lengths)[image_index] - (at_place.cumsum(0) - at_place)
+        rows = torch.arange(num_rows, device=projected.device) + shift.repeat_interleave(at_place, output_size=num_rows)
+        return torch.cat(images)[rows]
+
+    def _nothing(self, like: torch.Tensor) -> torch.Tensor:
+        """A zero that hangs on all that images go through: every rank must call the same modules, so a text-only batch sends a zero row (or a blank
+        image, if the tower trains) through them."""
+        features = self._tower_features(self._blank_image(like)) if self.tower is not None else self._zero_row(like)
+        total = getattr(self.model.model, self.family.projector)(features).sum()
+        if self.family.tiling is not None:
+            total = total + getattr(self.model.model, self.family.tiling.newline).sum()
+        return 0 * total.to(like.dtype)
 
     def _tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         assert self.tower is not None
@@ -150,5 +166,5 @@ def model_inputs(batch: PackedBatch, tower: FrozenTower | None) -> dict[str, Any
     images: dict[str, Any] = {"pixel_values": batch.pixel_values}
     if tower is not None and batch.pixel_values is not None:
         images = {"image_features": tower.features(batch.pixel_values)}
-    names = ("input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions")
+    names = ("input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions", "image_sizes", "image_tokens")
     return {**{name: getattr(batch, name) for name in names}, **images}

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel
@@ -16,48 +14,22 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    BaseImageProcessor,
     BitsAndBytesConfig,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from interlace.data import demo
 from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import family_of
+from interlace.model.processing import Processing, with_aspect_ratio
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
+PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-
-
-@dataclass(frozen=True)
-class Processing:
-    """What turns text and images into model inputs. `tokens_per_image` counts the tokens of one image."""
-
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
-    template: ChatTemplate
-    config: PretrainedConfig
-    tokens_per_image: int
-
-    def image_tokens(self, width: int, height: int) -> int:
-        """Number of tokens of an image of this size."""
-        return self.tokens_per_image
-
-    @property
-    def image_settings(self) -> str:
-        """Names what `image_tokens` depends on."""
-        return f"{self.config.model_type} {self.tokens_per_image}"
-
-    def process_images(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        """RGB images -> (K, channels, height, width), float32."""
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def resolve_model_path(name: str) -> str:
@@ -88,17 +60,26 @@ def base_of(path: str) -> str:
     return resolve_model_path(base)
 
 
-def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's configuration.
+def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: str | None = None) -> PretrainedConfig:
+    """The configuration of a model, or of an adapter's base.
+
+    Args:
+        image_aspect_ratio: how images are cut into tiles by a model that does so; None takes what the adapter was trained with, else the model's own.
 
     Raises:
-        InputError: it cannot be had, or the model is of an unknown family.
+        InputError: it cannot be had, the model is of an unknown family, or cannot take images in this way.
     """
+    base = base_of(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
-    family_of(config)
+    tiling, trained = family_of(config).tiling, Path(path) / PROCESSOR_FILE
+    if tiling is not None:
+        if image_aspect_ratio is None and base != path and trained.is_file():
+            image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")
+        tiling.choose(config, image_aspect_ratio)
+        tiling.tiles(config)
     return config
 
 
@@ -113,12 +94,12 @@ def load_processing(
 
     Args:
         system_prompt: None takes the one the model was trained with by Interlace, else "You are a helpful assistant.".
-        image_aspect_ratio: how images become the model's size; None leaves it to the image processor that comes with the model.
+        image_aspect_ratio: how images become the model's size or its tiles; None leaves it to what comes with the model.
 
     Raises:
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
     """
-    config = load_config(base_of(path), trust_remote_code)
+    config = load_config(path, trust_remote_code, image_aspect_ratio)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
@@ -131,26 +112,13 @@ def load_processing(
         template = ChatTemplate(tokenizer, config.image_token_id, system_prompt, label_policy)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    if image_aspect_ratio is not None:
+    family = family_of(config)
+    if family.tiling is not None:
+        if getattr(image_processor, "image_grid_pinpoints", None) != config.image_grid_pinpoints:
+            raise InputError(f"{path}: image_grid_pinpoints of the image processor and of the model differ; expected the same in both")
+    elif image_aspect_ratio is not None:
         image_processor = with_aspect_ratio(image_processor, image_aspect_ratio, config)
-    return Processing(tokenizer, image_processor, template, config, family_of(config).tokens_per_image(config))
-
-
-def with_aspect_ratio(image_processor: BaseImageProcessor, image_aspect_ratio: str, config: PretrainedConfig) -> BaseImageProcessor:
-    """An image processor that makes every image the model's square size: `squash` stretches it, `pad` first adds borders of the mean colour.
-
-    Both are saved as processors that other tools know: padding is Hugging Face's `LlavaImageProcessor`, the original code's `expand2square`.
-
-    Raises:
-        InputError: the model cannot take images in this way.
-    """
-    if image_aspect_ratio not in ("squash", "pad"):
-        reason = "it cuts images into tiles, which this model has no tokens for" if image_aspect_ratio.startswith("anyres") else "no such way"
-        raise InputError(f"image_aspect_ratio: {image_aspect_ratio!r} does not go with model_type {config.model_type!r}: {reason}; expected squash or pad")
-    side = config.vision_config.image_size
-    kept = ("resample", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize", "do_convert_rgb")
-    values = {name: getattr(image_processor, name) for name in kept if getattr(image_processor, name, None) is not None}
-    return LlavaImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_pad=image_aspect_ratio == "pad", **values)
+    return Processing(tokenizer, image_processor, template, config, family.tokens_per_image(config))
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -173,16 +141,30 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dt
     )
 
 
-def load_model(path: str, dtype: torch.dtype | str, quantization_config: BitsAndBytesConfig | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A base model with its weights in `dtype` ("auto": as they are stored).
+def load_model(
+    path: str,
+    dtype: torch.dtype | str,
+    quantization_config: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
+    image_aspect_ratio: str | None = None,
+) -> PreTrainedModel:
+    """A model, or an adapter's base, with its weights in `dtype` ("auto": as they are stored).
+
+    Args:
+        image_aspect_ratio: see `load_config`.
 
     Raises:
         InputError: the weights cannot be had or do not fit the configuration.
     """
-    load_config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code, image_aspect_ratio)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, quantization_config=quantization_config, trust_remote_code=trust_remote_code, output_loading_info=True
+            base_of(path),
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
@@ -195,7 +177,7 @@ def load_model(path: str, dtype: torch.dtype | str, quantization_config: BitsAnd
 def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel | PeftModel:
     """A model, or an adapter on its base, ready for `generate`."""
     path = resolve_model_path(path)
-    model = load_model(base_of(path), dtype, quantization_config)
+    model = load_model(path, dtype, quantization_config)
     if (Path(path) / ADAPTER_CONFIG).is_file():
         return PeftModel.from_pretrained(model, path).eval()
     return model.eval()
@@ -203,23 +185,13 @@ def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsA
 
 def save_processing(processing: Processing, folder: Path) -> None:
     """Writes tokenizer, image processor, processor and the chat template that was trained."""
-    tokenizer, config = processing.tokenizer, processing.config
+    tokenizer, processor = processing.tokenizer, processing.processor_settings()
     tokenizer.chat_template = processing.template.jinja()
-    processor = LlavaProcessor(
-        image_processor=processing.image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
-        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
-        chat_template=tokenizer.chat_template,
-    )
-    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The image processor stands in preprocessor_config.json, where every version reads it; transformers 4 stops at a copy in processor_config.json
     processing.image_processor.save_pretrained(folder)
+    _write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
     _write_json(folder / PROMPT_FILE, {"prompt_style": "chatml", "system_prompt": processing.template.system_prompt})
-    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    settings.pop("image_processor", None)  # stands in preprocessor_config.json, where every version reads it; transformers 4 stops at this copy
-    _write_json(folder / "processor_config.json", settings)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
     if isinstance(extra, dict) and extra:
@@ -230,6 +202,7 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings.pop(name, None)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["processor_class"] = processor["processor_class"]
     _write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -256,6 +229,7 @@ def hub_name(name: str) -> str:
         ("lm_head.", "language_model.lm_head."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
         ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.image_newline", "image_newline"),
     ):
         if name.startswith(start):
             return hub + name.removeprefix(start)

@@ -18,7 +18,7 @@ def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None
     """
     adapter_path = resolve_model_path(adapter_path)
     base = base_of(adapter_path)
-    model = PeftModel.from_pretrained(load_model(base, torch.float32), adapter_path).merge_and_unload()
+    model = PeftModel.from_pretrained(load_model(adapter_path, torch.float32), adapter_path).merge_and_unload()
     stored = load_config(base).dtype or torch.float32
     output_dir.mkdir(parents=True, exist_ok=True)
     save_model(model.to(getattr(torch, dtype) if dtype else stored), output_dir)

@@ -98,6 +98,8 @@ def tune(
             plain = plain.split(".lora_")[0] + ".weight"
         if peft is not None and part(name) == "language_model":
             learns = "lora_" in name and "language_model" in tunable_parts
+        elif peft is not None and family.tiling is not None and name == f"model.{family.tiling.newline}":
+            learns = False  # an adapter's file holds modules, and this is a parameter of the model itself: what it learned would be lost
         else:
             learns = part(name) in tunable_parts and ".original_module." not in name
         parameter.requires_grad_(learns and plain not in frozen and parameter.dtype.is_floating_point)

@@ -22,7 +22,7 @@ STATE_FILE = "trainer_state.json"
 FIXED_KEYS = (
     *("model_name_or_path", "lora", "lora_path", "lora_rank", "lora_target_modules", "use_dora", "load_in_4bit", "load_in_8bit"),
     *("tunable_parts", "freeze_include", "freeze_exclude", "optim"),
-    *("dataset", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
+    *("dataset", "image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
     *("packing", "per_device_train_batch_size", "max_tokens_per_batch"),
 )
 

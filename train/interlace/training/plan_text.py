@@ -95,12 +95,15 @@ def describe_memory(forecast: RunForecast, machine: Machine) -> list[str]:
     lines = [f"memory: {size(memory.total)} per device at the fullest moment of a step"]
     lines += ["  " + ", ".join(f"{name} {size(value)}" for name, value in asdict(memory).items() if value)]
     lines += ["  devices (GiB each)" + "".join(f"{world:10}" for world in WORLDS)]
-    for name, stage in (("DDP", 0), ("ZeRO 1", 1), ("ZeRO 2", 2), ("ZeRO 3", 3), ("ZeRO 3 offloaded", 3)):
-        off = name.endswith("offloaded")
-        values = [forecast.memory(machine, Sharding(world, stage, off, off)).total / GIB for world in WORLDS]
-        lines.append(f"  {name:18}" + "".join(f"{value:10.2f}" for value in values))
+    lines += [f"  {name:18}" + "".join(f"{value / GIB:10.2f}" for value in values) for name, values in sharded(forecast, machine).items()]
     verdict = "fits" if forecast.fits(machine) else "DOES NOT FIT"
     return [*lines, f"  {verdict}: {machine.name}, {size(machine.memory)}, of which a tenth is to stay free"]
+
+
+def sharded(forecast: RunForecast, machine: Machine) -> dict[str, list[int]]:
+    """Bytes of one device under DDP and each stage of ZeRO, for each number of devices in `WORLDS`."""
+    stages = {"DDP": (0, False), "ZeRO 1": (1, False), "ZeRO 2": (2, False), "ZeRO 3": (3, False), "ZeRO 3 offloaded": (3, True)}
+    return {name: [forecast.memory(machine, Sharding(world, stage, off, off)).total for world in WORLDS] for name, (stage, off) in stages.items()}
 
 
 def describe_time(forecast: RunForecast, speed: Speed | None) -> list[str]:
@@ -161,6 +164,7 @@ def as_json(checked: Checked, forecast: RunForecast, machine: Machine, speed: Sp
         "gradient_accumulation_steps": forecast.plan.accumulation,
         "tokens_per_batch": forecast.plan.budget,
         "memory_bytes": asdict(memory) | {"total": memory.total},
+        "sharded_bytes": {name: dict(zip(WORLDS, values, strict=True)) for name, values in sharded(forecast, machine).items()},
         "machine_bytes": machine.memory,
         "fits": forecast.fits(machine),
         "disk_bytes": asdict(forecast.disk),

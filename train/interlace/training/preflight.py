@@ -1,27 +1,32 @@
 """What `plan_run.py` finds out: rows checked, steps planned, memory, time and disk forecast, a configuration that fits."""
 
 import json
-import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PretrainedConfig, TrainingArguments
 
 from interlace.arguments import Arguments
-from interlace.data.batch import Collator
-from interlace.data.dataset import Rows, check_ledger, default_cache_dir, ledger_of, make_stores
+from interlace.data.batch import Collator, PackedBatch
+from interlace.data.dataset import Rows, check_ledger, open_rows
 from interlace.data.ledger import Ledger
 from interlace.data.packing import Plan
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.costs import BatchShape, StepCosts, step_costs
+from interlace.model.families import family_of
 from interlace.model.loading import Processing
 from interlace.training.checkpoint import check_output_dir
-from interlace.training.fitting import Columns, Fit, Search
+from interlace.training.fitting import Fit, Search
 from interlace.training.forecast import (
+    Columns,
     Disk,
     Machine,
     Memory,
@@ -62,10 +67,7 @@ def check_rows(entries: list[Any], reader: RowReader, arguments: Arguments) -> C
         InputError: a file cannot be read at all.
     """
     sources = read_entries(entries, arguments["seed"])
-    cache_dir = Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()
-    workers = arguments["preprocessing_num_workers"]
-    stores = make_stores(sources, reader, cache_dir, min(os.cpu_count() or 1, 16) if workers is None else workers, show_progress=True)
-    rows, ledger, refusal = Rows(stores, [source.weight for source in sources]), ledger_of(stores), None
+    (rows, ledger), refusal = open_rows(sources, reader, arguments, show_progress=True), None
     try:
         check_ledger(ledger, reader.too_long, arguments["bad_rows"], arguments["max_bad_rows"])
     except InputError as error:
@@ -74,14 +76,15 @@ def check_rows(entries: list[Any], reader: RowReader, arguments: Arguments) -> C
 
 
 def check_data(arguments: Arguments, path: str, processing: Processing) -> tuple[dict[str, Checked], list[str]]:
-    """ "training" and "evaluation" rows, and all reasons for which training would refuse to start.
+    """The rows, under "training" and "evaluation", and all reasons for which training would refuse to start.
 
     Raises:
         InputError: a file cannot be read at all.
     """
     reader, names = row_reader(arguments, processing), {"training": "train", "evaluation": "eval"}
     found = {name: check_rows(arguments["dataset"][key], reader, arguments) for name, key in names.items() if arguments["dataset"].get(key)}
-    return found, [checked.refusal for checked in found.values() if checked.refusal] + refused_output(arguments, path)
+    refusals = [checked.refusal for checked in found.values() if checked.refusal] + refused_output(arguments, path)
+    return found, [f"training would refuse to start: {refusal}" for refusal in refusals]
 
 
 def refused_output(arguments: Arguments, path: str) -> list[str]:
@@ -92,6 +95,14 @@ def refused_output(arguments: Arguments, path: str) -> list[str]:
     except InputError as error:
         return [str(error)]
     return []
+
+
+def columns_of(rows: Rows, config: PretrainedConfig) -> Columns:
+    """What the forecast needs of every row. Of a model that cuts images into tiles, the tower sees about as many tiles as fill the row's tokens."""
+    family, images = family_of(config), rows.num_images
+    if family.tiling is not None:
+        images = np.where(images > 0, np.maximum(images, -(-rows.lengths // family.tokens_per_image(config))), 0)
+    return Columns(rows.lengths, images, rows.supervised)
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class RunForecast:
         """Whether it fits this machine's device."""
         return fits(self.memory(machine), machine.memory)
 
-    @property
+    @cached_property
     def mean(self) -> BatchShape:
         """The mean micro-batch."""
         return mean_shape(self.shapes)
@@ -141,7 +152,7 @@ def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArg
     """
     steps_per_epoch = -(-plan.batches_per_epoch // (world_size * plan.accumulation))
     total_steps = args.max_steps if args.max_steps > 0 else int(-(-steps_per_epoch * args.num_train_epochs // 1))
-    shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], rows.lengths, rows.num_images, rows.supervised)
+    shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], columns_of(rows, config))
     tuned = empty_model(config, arguments)
     sizes, costs, parts = sizes_of(tuned, arguments), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
     disk = disk_of(tuned, sizes, arguments, total_steps, total_steps / steps_per_epoch)
@@ -153,7 +164,7 @@ def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArg
 def measure_speed(
     path: str, rows: Rows, forecast: RunForecast, arguments: Arguments, args: TrainingArguments, processing: Processing, limit_seconds: float
 ) -> Speed:
-    """Loads the model and runs a few steps on growing parts of the first micro-batches.
+    """Loads the model and runs a few steps on growing parts of the first micro-batch.
 
     Raises:
         InputError: the model or an image cannot be loaded.
@@ -164,12 +175,21 @@ def measure_speed(
         tuned.packed.activation_checkpointing_enable()
     if vision:
         tuned.packed.checkpoint_tower()
-    collate = Collator(processing.process_images, processing.config.image_token_id)
-    largest = max((batch for step in forecast.plan.steps(0) for batch in step), key=len)
-    counts = [*(2**i for i in range(len(largest).bit_length()) if 2**i < len(largest)), len(largest)]
-    bar = tqdm(counts, desc="probing speed", unit="batch", leave=False)
-    batches = (collate([(row, rows[row]) for row in (max(row, ~row) for row in largest[:count])]) for count in bar)
-    return probe(tuned, batches, forecast.costs, compute_dtype(arguments), args.device, limit_seconds)
+    pack = Collator(processing.process_images, processing.config.image_token_id).pack
+    first = [max(row, ~row) for row in forecast.plan.steps(0)[0][0]]
+    counts = [*(2**i for i in range(len(first).bit_length()) if 2**i < len(first)), len(first)]
+    reading: list[float] = []
+
+    def batches() -> Iterator[PackedBatch]:
+        for count in tqdm(counts, desc="probing speed", unit="batch", leave=False):
+            start = time.perf_counter()
+            batch = pack([(row, rows[row]) for row in first[:count]])
+            if batch.pixel_values is not None:
+                reading.append((time.perf_counter() - start) / len(batch.pixel_values))
+            yield batch
+
+    speed = probe(tuned, batches(), forecast.costs, compute_dtype(arguments), args.device, limit_seconds)
+    return replace(speed, data_seconds=min(reading, default=0.0))
 
 
 def search_fit(arguments: Arguments, config: PretrainedConfig, rows: Rows, world_size: int, machine: Machine) -> Fit:
@@ -178,7 +198,7 @@ def search_fit(arguments: Arguments, config: PretrainedConfig, rows: Rows, world
     Raises:
         InputError: nothing fits.
     """
-    columns = Columns(rows.lengths, rows.num_images, rows.supervised)
+    columns = columns_of(rows, config)
     with tqdm(bar_format="{desc} {elapsed}", leave=False) as bar:
         search = Search(
             arguments, config, columns, world_size, machine.device, machine.memory, lambda changes: bar.set_description_str(f"trying {json.dumps(changes)}")

@@ -147,7 +147,7 @@ def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supe
     names = ("max_length", "too_long", "max_image_pixels", "num_frames", "video_fps")
     return RowReader(
         template=processing.template,
-        image_tokens=processing.image_tokens,
+        image_tokens=processing.row_image_tokens,
         image_settings=processing.image_settings,
         kept=MediaFolder(cache_dir / "media", urls),
         kind=kind,
@@ -188,7 +188,7 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     mixed = compute is not torch.float32
     # a fully tuned model is saved whole: what is frozen in it stays as it is stored, never rounded
     dtype: torch.dtype | str = "auto" if mixed and not arguments["lora"] else compute
-    model = load_model(path, dtype, bits, arguments["trust_remote_code"])
+    model = load_model(path, dtype, bits, arguments["trust_remote_code"], arguments["image_aspect_ratio"])
     targets = arguments["lora_target_modules"]
     lora = Lora(
         arguments["lora_rank"],

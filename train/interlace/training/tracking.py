@@ -40,7 +40,17 @@ class ProgressBar(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}: {', '.join(words)}")
 
 
-SHOWN = ("loss", "token_accuracy", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "data_wait_share", "eval_loss", "eval_token_accuracy")
+SHOWN = (
+    "loss",
+    "token_accuracy",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "images_per_second",
+    "data_wait_share",
+    "eval_loss",
+    "eval_token_accuracy",
+)
 
 
 class ArgumentsToTracker(TrainerCallback):

@@ -1,0 +1,294 @@
+"""What a run will need, before it starts: memory per device and host, disk, time. Arithmetic on plain values; `rehearsal` and `probe` measure them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from interlace.arguments import list_value
+from interlace.data.packing import MicroBatch
+from interlace.model.costs import BatchShape, Cost, StepCosts
+from interlace.model.families import part_of
+from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.training.rehearsal import Rehearsal, rehearse
+
+# Bytes of optimizer state for each parameter that trains; Adam in float32 keeps two numbers
+OPTIMIZER_BYTES = {"sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0, "adafactor": 0.1, "lion_32bit": 4.0, "paged_lion_32bit": 4.0, "adamw_torch_4bit": 1.2}
+ADAM_BYTES, EIGHT_BIT_ADAM_BYTES, EIGHT_BIT_LION_BYTES = 8.0, 2.1, 1.1
+# bitsandbytes: NF4 in blocks of 64 with double quantisation (arXiv 2305.14314, section 3); int8 with one float32 scale per output
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+RUNTIME_BYTES = {"cpu": 30 << 20, "cuda": 600 << 20}  # kernels and their scratch space: measured on the CPU, usual for a CUDA context
+LIBRARY_BYTES = 500 << 20  # Python with torch, transformers and the rest, in the host's memory
+MARGIN = 0.1  # the forecast is right to about a tenth (benchmarks/results), so this much stays free
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that stay as long as the run: `replica` is a frozen tower outside the wrapped module; `frozen` and `trainable` are weights inside it;
+    `optimizer` its state; `workspace` one quantised weight, unpacked for its product."""
+
+    replica: int
+    frozen: int
+    trainable: int
+    optimizer: int
+    workspace: int = 0
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How many devices share what: `stage` 0 is DDP (or a single device), 1 to 3 are ZeRO's (arXiv 1910.02054)."""
+
+    world_size: int = 1
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step; `host` is what offloading moves to the host's memory for each device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    runtime: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
+
+
+@dataclass(frozen=True)
+class MicroShape:
+    """A micro-batch as the forecast sees it: the length of each row, and how many images and supervised tokens they have together."""
+
+    lengths: tuple[int, ...]
+    num_images: int
+    num_rows: int
+
+    @property
+    def shape(self) -> BatchShape:
+        """What its cost depends on."""
+        pairs = sum(length * (length + 1) // 2 for length in self.lengths)
+        return BatchShape(sum(self.lengths), pairs, self.num_images, self.num_rows)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Length, images (as many as the tower sees) and supervised tokens of every row, (N,) each."""
+
+    lengths: np.ndarray
+    num_images: np.ndarray
+    supervised: np.ndarray
+
+
+def micro_shapes(batches: Sequence[MicroBatch], rows: Columns) -> list[MicroShape]:
+    """The shapes of planned micro-batches. Images count as distinct, also those that two rows share."""
+    numbers = [[max(row, ~row) for row in batch] for batch in batches]
+    return [MicroShape(tuple(rows.lengths[n].tolist()), int(rows.num_images[n].sum()), int(rows.supervised[n].sum())) for n in numbers]
+
+
+def fullest(shapes: Sequence[MicroShape]) -> list[MicroShape]:
+    """The micro-batches with most tokens and with most supervised tokens: one of them needs most memory."""
+    return list(dict.fromkeys((max(shapes, key=lambda shape: (sum(shape.lengths), shape.num_rows)), max(shapes, key=lambda shape: shape.num_rows))))
+
+
+def mean_shape(shapes: Sequence[MicroShape]) -> BatchShape:
+    """The mean over micro-batches; costs are linear in it."""
+    table = np.array([[shape.shape.num_tokens, shape.shape.num_pairs, shape.num_images, shape.num_rows] for shape in shapes], np.float64)
+    return BatchShape(*table.mean(0).tolist())
+
+
+def compute_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
+    """The type of the run's matrix products."""
+    return torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else torch.float32
+
+
+def empty_model(config: PretrainedConfig, arguments: Mapping[str, Any]) -> TunedModel:
+    """The run's model with what learns set, on the meta device: shapes and types without memory; quantised layers as if they were not.
+
+    Raises:
+        InputError: what is to learn does not fit the model.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+        model.tie_weights()
+        parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
+        keeps_types = not arguments["lora"] and compute_dtype(arguments) is not torch.float32
+        tuned = tune(model, parts, _adapter(arguments), None, include, exclude, None if keeps_types else compute_dtype(arguments))
+    tuned.packed.family = replace(tuned.packed.family, tiling=None)  # cut or not, tiles are what the tower and the projector see
+    language, vision = checkpoints(arguments)
+    if language:
+        tuned.packed.activation_checkpointing_enable()
+    if vision:
+        tuned.packed.checkpoint_tower()
+    return tuned
+
+
+def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
+    """The adapter's settings: from the keys, or from the adapter that is continued."""
+    if not arguments["lora"]:
+        return None
+    if arguments["lora_path"]:
+        saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
+        targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+        return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
+    targets = arguments["lora_target_modules"]
+    names = ("lora_rank", "lora_alpha", "lora_dropout")
+    rank, alpha, dropout = (arguments[name] for name in names)
+    return Lora(rank, alpha, dropout, None if targets is None else list_value(targets), arguments["use_dora"], arguments["use_rslora"])
+
+
+def checkpoints(arguments: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the language model recomputes its activations, and the vision tower."""
+    newer, own = arguments["activation_checkpointing"], arguments["vision_gradient_checkpointing"]
+    language = bool(arguments["gradient_checkpointing"] if newer is None else newer)
+    return language, language if own is None else bool(own)
+
+
+def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any]) -> Sizes:
+    """What stays in memory, for the model of `empty_model`."""
+    trainable = sum(parameter.nbytes for parameter in tuned.packed.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.nbytes for parameter in tuned.packed.parameters() if not parameter.requires_grad)
+    replica = 0 if tuned.tower is None else sum(parameter.nbytes for parameter in tuned.tower.module.parameters())
+    workspace = 0
+    if arguments["load_in_4bit"] or arguments["load_in_8bit"]:
+        layers = [layer for name, layer in tuned.base.named_modules() if isinstance(layer, nn.Linear) and _is_quantised(tuned, name)]
+        packed = [layer.weight.numel() * NF4_BYTES if arguments["load_in_4bit"] else layer.weight.numel() + 4 * layer.out_features for layer in layers]
+        frozen += round(sum(packed)) - sum(layer.weight.nbytes for layer in layers)
+        workspace = max(layer.weight.nbytes for layer in layers)
+    return Sizes(replica, frozen, trainable, round(trainable / 4 * _state_bytes(arguments["optim"])), workspace)
+
+
+def _is_quantised(tuned: TunedModel, name: str) -> bool:
+    words = name.split(".")
+    return part_of(tuned.base)(name) == "language_model" and "lm_head" not in words and not any(word.startswith("lora_") for word in words)
+
+
+def _state_bytes(optim: str) -> float:
+    if "8bit" in optim:
+        return EIGHT_BIT_LION_BYTES if "lion" in optim or "rmsprop" in optim else EIGHT_BIT_ADAM_BYTES
+    return OPTIMIZER_BYTES.get(optim, ADAM_BYTES)
+
+
+def memory_of(sizes: Sizes, rehearsals: Sequence[Rehearsal], sharding: Sharding, accumulation: int = 1, device: str = "cpu") -> Memory:
+    """Memory of one device at its fullest moment.
+
+    What trains is float32: 4 bytes of weight and 4 of gradient. Optimizer state is shared out from stage 1, gradients from stage 2, weights from stage 3;
+    activations never are, nor a frozen tower, of which every device has a copy. DDP keeps its buckets beside the gradients. ZeRO's own buckets, and the layer
+    that stage 3 has gathered at the moment, are not counted.
+
+    Args:
+        rehearsals: of the micro-batches that may need most.
+        accumulation: micro-batches of a step on one device: from the second on, all gradients are there from the start.
+    """
+    world, stage = sharding.world_size, sharding.stage
+    gradient_share = 1 / world if stage >= 2 else 1.0
+    kept = sizes.trainable if accumulation > 1 else 0
+    peaks = [rehearsal.peak(gradient_share, kept) for rehearsal in rehearsals]
+    peak = max(peaks, key=lambda kinds: sum(kinds.values()))
+    inside = (sizes.frozen + sizes.trainable) // (world if stage == 3 else 1)
+    optimizer = sizes.optimizer // (world if stage >= 1 else 1)
+    buckets = sizes.trainable if world > 1 and stage == 0 else 0
+    host = (inside if sharding.offload_parameters else 0) + (optimizer if sharding.offload_optimizer else 0)
+    return Memory(
+        weights=sizes.replica + (0 if sharding.offload_parameters else inside),
+        gradients=peak["gradients"] + buckets,
+        optimizer=0 if sharding.offload_optimizer else optimizer,
+        activations=peak["activations"] + sizes.workspace,
+        logits=peak["logits"],
+        runtime=RUNTIME_BYTES[device],
+        host=host,
+    )
+
+
+def rehearse_all(tuned: TunedModel, shapes: Sequence[MicroShape], dtype: torch.dtype) -> list[Rehearsal]:
+    """Rehearses each of these micro-batches."""
+    return [rehearse(tuned, shape.lengths, shape.num_images, shape.num_rows, dtype) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that one process may use on its device, and what the device is called."""
+
+    device: str
+    memory: int
+    name: str
+
+
+def machine_of(use_cpu: bool, memory: int | None = None) -> Machine:
+    """The first GPU, or this computer with what Python and its libraries leave; with `memory`, one of that many bytes."""
+    if memory is not None:
+        return Machine("cpu" if use_cpu else "cuda", memory - (LIBRARY_BYTES if use_cpu else 0), "")
+    if torch.cuda.is_available() and not use_cpu:
+        return Machine("cuda", torch.cuda.mem_get_info()[1], torch.cuda.get_device_name())
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    allowed = int(limit.read_text()) if limit.is_file() and limit.read_text().strip().isdigit() else psutil.virtual_memory().total
+    return Machine("cpu", min(allowed, psutil.virtual_memory().total) - LIBRARY_BYTES, "this computer's memory, less libraries")
+
+
+def fits(memory: Memory, available: int) -> bool:
+    """Whether the forecast leaves its margin of error free."""
+    return memory.total * (1 + MARGIN) <= available
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the probe measured on this machine.
+
+    seconds_per_image: of a frozen tower; 0 if it learns, then its FLOPs count with the rest. flops_per_second: of the rest.
+    batch_seconds: of every micro-batch, whatever its size. step_seconds: of the optimizer. data_seconds: to read and prepare an image.
+    """
+
+    seconds_per_image: float
+    flops_per_second: float
+    batch_seconds: float
+    step_seconds: float
+    data_seconds: float = 0.0
+
+    def seconds(self, costs: StepCosts, shape: BatchShape) -> float:
+        """Of a micro-batch, forward and backward."""
+        return self.batch_seconds + shape.num_images * self.seconds_per_image + self.flops(costs, shape) / self.flops_per_second
+
+    def flops(self, costs: StepCosts, shape: BatchShape) -> float:
+        """Those that run at `flops_per_second`."""
+        parts = costs.parts(shape)
+        return sum((cost for name, cost in parts.items() if name != "vision_tower" or not self.seconds_per_image), Cost()).executed
+
+    def step(self, costs: StepCosts, mean: BatchShape, accumulation: int, workers: int) -> float:
+        """Seconds of an optimizer step on micro-batches of this mean shape; with worker processes, reading counts where it is slower than computing."""
+        compute, reading = self.seconds(costs, mean), mean.num_images * self.data_seconds
+        return accumulation * (max(compute, reading / workers) if workers else compute + reading) + self.step_seconds
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of one checkpoint, of the model at the end, and of all that is there at once."""
+
+    checkpoint: int
+    model: int
+    total: int
+
+
+def disk_of(tuned: TunedModel, sizes: Sizes, arguments: Mapping[str, Any], total_steps: int, epochs: float) -> Disk:
+    """Disk space under `output_dir`: the checkpoints that stay, one more while it is written, and the result. Tokenizer and records are not counted."""
+    model = sizes.trainable if tuned.peft is not None else sizes.replica + sizes.frozen + sizes.trainable
+    every = arguments["save_steps"]
+    interval = max(1, int(every) if every >= 1 else -(-every * total_steps // 1))
+    saves = {"no": 0, "epoch": int(-(-epochs // 1)), "steps": -(-total_steps // interval)}.get(arguments["save_strategy"], total_steps)
+    limit = arguments["save_total_limit"]
+    kept = saves if limit is None else min(saves, limit + 1)
+    checkpoint = model + sizes.optimizer
+    return Disk(checkpoint, model, int(kept * checkpoint + model))
