@@ -381,6 +381,7 @@ def test_weights_of_labels_survive_the_store(tmp_path: Path, reader: RowReader) 
         folder = tmp_path / policy
         folder.mkdir()
         batch = to_batch([found])
+        (folder / "source.json").write_text('{"made": 1.0}')
         with pa.ipc.new_file(str(folder / "rows.arrow"), batch.schema) as writer:
             writer.write_batch(batch)
         stored = Store(folder, "rows.json").row(0).encoded
@@ -490,7 +491,8 @@ def test_preference_rows_are_a_prompt_and_two_answers(tmp_path: Path, reader: Ro
 
 def test_weights_are_copies_per_epoch_and_fractions_are_drawn_anew() -> None:
     copies = [1.0] * 10 + [2.0] * 5 + [0.3] * 10 + [1.5] * 4
-    plan = Plan([3] * 29, [3] * 29, 12, None, 3, 0, world_size=2, copies=copies)
+    sources = [0] * 10 + [1] * 5 + [2] * 10 + [3] * 4
+    plan = Plan([3] * 29, [3] * 29, 12, None, 3, 0, world_size=2, copies=copies, sources=sources)
 
     def times(epoch: int) -> np.ndarray:
         rows = [row for step in plan.steps(epoch) for batch in step for row in batch if row >= 0]
@@ -504,6 +506,10 @@ def test_weights_are_copies_per_epoch_and_fractions_are_drawn_anew() -> None:
         assert drawn[25:].sum() == 6 and set(drawn[25:]) <= {1, 2}
     assert not np.array_equal(first, second)
     assert plan.rows_per_epoch == first.sum()
+    for epoch in range(3):  # each source gives its own share, and one row at least
+        plan = Plan([3] * 22, [3] * 22, 12, None, 3, epoch, copies=[0.5] * 20 + [0.1] * 2, sources=[0] * 10 + [1] * 10 + [2] * 2)
+        drawn = np.bincount(plan._drawn(epoch), minlength=22)
+        assert [drawn[:10].sum(), drawn[10:20].sum(), drawn[20:].sum()] == [5, 5, 1]
 
 
 def test_rows_reach_other_processes_and_answer_without_the_whole_file(tmp_path: Path, read: Read) -> None:

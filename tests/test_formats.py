@@ -118,6 +118,17 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "q", "chosen": "a", "rejected": 5}, "bad_turn"),
     ({"chosen": "a", "rejected": "b"}, "unknown_format"),
     ({"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "bad_order"),
+    ({"prompt": "q", "completion": "a", "label": False}, "unwanted_answer"),
+    ({"kto_tag": False, "conversations": TURNS}, "unwanted_answer"),
+    ({"system": "one", "conversations": [{"from": "system", "value": "other"}, *TURNS]}, "ambiguous"),
+    ({"system": ["no", "text"], "conversations": TURNS}, "bad_turn"),
+    ({"image": "a", "video": "v.mp4", "conversations": [["<image><image>q", "a"]]}, "placeholder_mismatch"),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": 10**400}]}, "bad_weight"),
+    (
+        {"images": ["a", "b"], "messages": [{"role": "user", "content": [{"type": "image", "index": 1}, {"type": "image", "index": 0}]}]},
+        "placeholder_mismatch",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]}, {"role": "assistant", "content": "a"}]}, "placeholder_mismatch"),
     ({"text": "x"}, "unknown_format"),
     ({"conversations": "q"}, "unknown_format"),
     ([], "not_an_object"),
@@ -221,6 +232,19 @@ def test_history_system_and_input_are_kept_in_order() -> None:
     found = sample({"system": "s", "query": "q2", "response": "a2", "history": [["q1", "a1"]]})
     assert [(turn.role, turn.text) for turn in found.turns] == [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
     assert sample({"instruction": "do", "input": "this", "output": "done"}).turns[0].text == "do\nthis"
+
+
+def test_nothing_that_a_preference_or_completion_row_says_is_lost() -> None:
+    pair = read({"query": "q2", "response": "x", "rejected_response": "y", "history": [["q1", "a1"]], "system": "s"})
+    assert isinstance(pair, PreferencePair)
+    assert [turn.text for turn in pair.prompt] == ["s", "q1", "a1", "q2"]
+    assert [turn.text for turn in sample({"system": "s", "prompt": "q", "completion": "a"}).turns] == ["s", "q", "a"]
+    found = sample(
+        {"images": ["1"], "messages": [{"role": "user", "content": [{"type": "text", "text": "Look: <image>!"}]}, {"role": "assistant", "content": "a"}]}
+    )
+    assert found.turns[0].parts == (Text("Look: "), Image("1"), Text("!"))
+    weighed = sample({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]})
+    assert weighed.turns[1].weight == 0.5
 
 
 def test_a_completion_is_learned_and_earlier_answers_in_its_prompt_are_not() -> None:

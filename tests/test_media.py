@@ -320,9 +320,11 @@ def test_downloads_have_limits(server: tuple[str, list[str]]) -> None:
         download("http://127.0.0.1:9/x.png", UrlPolicy(("127.0.0.1",)))
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1/x", "http://localhost/x", "http://10.0.0.1/x", "http://[::1]/x", "http://169.254.169.254/x", "http://0.0.0.0/x"]
-)
+PRIVATE = ("127.0.0.1", "localhost", "10.0.0.1", "[::1]", "169.254.169.254", "0.0.0.0", "224.0.0.1")
+TRANSLATED = ("[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "[::ffff:127.0.0.1]")  # IPv6 names of 127.0.0.1
+
+
+@pytest.mark.parametrize("url", [f"http://{host}/x" for host in (*PRIVATE, *TRANSLATED)])
 def test_private_addresses_are_not_asked(url: str) -> None:
     with pytest.raises(BadRow, match="no public address"):
         checked_address(httpx.URL(url), UrlPolicy())

@@ -156,6 +156,31 @@ def test_a_tar_cut_off_in_the_middle_is_named_and_its_whole_rows_stay(tmp_path: 
     assert len(rows) <= len(whole)
 
 
+def test_pictures_of_a_shard_come_in_natural_order(tmp_path: Path) -> None:
+    names = ["0001.jpg", *(f"0001.{i}.jpg" for i in (1, 2, 10, 11))]
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "0001.json", json.dumps({"conversations": [["<image>" * 5, "a"]]}).encode())
+        for name in reversed(names):
+            add(archive, name, b"x")
+        add(archive, "0002.txt", b"a caption whose picture is gone")
+    first, second = values(tmp_path / "x.tar")
+    assert first.value["image"] == names
+    assert isinstance(second, BadRow) and second.reason == "missing_image"
+
+
+def test_a_shard_damaged_in_the_middle_or_joined_to_another_is_named(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        shard(tmp_path / f"{name}.tar")
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    (tmp_path / "joined.tar").write_bytes(bytes(data) + (tmp_path / "y.tar").read_bytes())
+    data[data.index(b"s/3.json")] ^= 1  # one bit of a header
+    (tmp_path / "x.tar").write_bytes(data)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(bytes(data)))
+    for name in ("x.tar", "x.tar.gz", "joined.tar"):
+        last = values(tmp_path / name)[-1]
+        assert isinstance(last, BadRow) and last.reason == "broken_archive", name
+
+
 def test_parquet_with_image_bytes_and_saved_datasets(tmp_path: Path) -> None:
     import datasets
 

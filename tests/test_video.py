@@ -16,8 +16,9 @@ import pytest
 from av.stream import Disposition
 
 from interlace.data import video
+from interlace.data.places import frame_folder
 from interlace.data.sample import BadRow, Place
-from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers, decode_frames, frame_folder
+from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers, decode_frames
 
 WIDTH, HEIGHT, MAX_PIXELS = 128, 96, 50_000_000
 
@@ -249,12 +250,15 @@ def test_video_fps_takes_the_nearest_frames() -> None:
 
 
 def test_a_folder_of_frames_is_in_natural_order(tmp_path: Path) -> None:
-    for name in ("frame_10.jpg", "frame_2.PNG", "frame_1.webp", ".frame_0.jpg", "notes.txt", "frame_02.PNG"):
+    for name in ("frame_10.jpg", "frame_2.JPG", "frame_1.jpeg", ".frame_0.jpg", "notes.txt", "frame_02.JPG", "²1.jpg"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "frame_3.jpg").mkdir()
-    assert [path.name for path in frame_folder(tmp_path)] == ["frame_1.webp", "frame_02.PNG", "frame_2.PNG", "frame_10.jpg"]
+    assert [path.name for path in frame_folder(tmp_path)] == ["frame_1.jpeg", "frame_02.JPG", "frame_2.JPG", "frame_10.jpg", "²1.jpg"]
     (tmp_path / "frame_4.jpg").symlink_to(tmp_path / "frame_10.jpg")
-    assert len(frame_folder(tmp_path)) == 5
+    assert len(frame_folder(tmp_path)) == 6
+    (tmp_path / "frame_1.png").write_bytes(b"x")  # a depth map beside the pictures, as in ScanNet
+    with pytest.raises(BadRow, match=r"bad_video: .*several kinds \(.jpg, .png\)"):
+        frame_folder(tmp_path)
 
 
 def test_a_folder_of_frames_without_frames_or_with_others_is_bad(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from interlace.errors import InputError
 
 _SHOWN = 20
 _ROWS_PER_CHUNK = 256
+_ROWS_WITH_MEDIA_PER_CHUNK = 32  # rows of tables and archives hold whole images
 _SMALL_BYTES = 1 << 20  # below this, starting workers takes longer than reading
 Chunk = tuple[int, pa.RecordBatch | InputError | None, float]
 
@@ -41,7 +42,8 @@ def default_cache_dir() -> Path:
 class Rows(Sequence[Row]):
     """The admitted rows of some stores, in order; each is read from disk when it is asked for.
 
-    `lengths`, `num_images` and `supervised` (N,) count each row's tokens, images and supervised tokens; `copies` (N,) says how often it comes in an epoch.
+    `lengths`, `num_images` and `supervised` (N,) count each row's tokens, images and supervised tokens; `copies` (N,) says how often it comes in an epoch,
+    `sources` (N,) which store it is of.
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]):
@@ -50,6 +52,7 @@ class Rows(Sequence[Row]):
         self._positions = np.concatenate(positions) if positions else np.zeros(0, np.int64)
         self._store = np.repeat(np.arange(len(self.stores)), [len(part) for part in positions])
         self.lengths, self.num_images, self.supervised = (self._admitted(name, positions) for name in ("length", "num_images", "supervised"))
+        self.sources = self._store
         self.copies = np.asarray(weights, np.float64)[self._store]
 
     def _admitted(self, name: str, positions: Sequence[np.ndarray]) -> np.ndarray:
@@ -109,10 +112,11 @@ def _pieces(source: Source) -> Iterator[tuple[list[Record] | InputError | None, 
     """A source's records in chunks, with the position behind each; then None, or the error that ended the reading."""
     waiting: list[Record] = []
     position = 0.0
+    most = _ROWS_PER_CHUNK if source.table is None and ".json" in Path(source.file).name.lower() else _ROWS_WITH_MEDIA_PER_CHUNK
     try:
         for index, value, position in source.rows():
             waiting.append(Record(source, index, value))
-            if len(waiting) == _ROWS_PER_CHUNK:
+            if len(waiting) == most:
                 yield waiting, position
                 waiting = []
     except InputError as error:

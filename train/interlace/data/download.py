@@ -68,10 +68,18 @@ def checked_address(url: httpx.URL, policy: UrlPolicy) -> str:
         raise BadRow("url", f"{str(url)[:200]}: {url.host} is not in allowed_url_hosts")
     found = socket.getaddrinfo(url.host, url.port or (443 if url.scheme == "https" else 80), type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
-    private = [address for address in addresses if not ipaddress.ip_address(address).is_global]
+    private = [address for address in addresses if not _is_public(ipaddress.ip_address(address))]
     if private and not policy.allowed_hosts:
         raise BadRow("url", f"{str(url)[:200]}: {url.host} is {private[0]}, which is no public address; list the host in allowed_url_hosts if you mean it")
     return addresses[0]
+
+
+# IPv6 addresses that stand for an IPv4 address, which may be any
+_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")))
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_global and not address.is_multicast and not any(address in network for network in _TRANSLATED)
 
 
 def _body(response: httpx.Response, url: str, policy: UrlPolicy, deadline: float) -> bytes:

@@ -44,6 +44,8 @@ def check_image(place: Place, max_pixels: int) -> tuple[int, int]:
     try:
         with open_bytes(place) as file, _opened(file) as image:
             width, height = image.size
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise BadRow("bad_image", f"{place.path} holds measurements (32 bits per pixel) with no range of brightness; save it with 8 or 16 bits")
             if width * height > max_pixels:
                 raise BadRow("too_many_pixels", f"{place.path} has {width} x {height} pixels; max_image_pixels is {max_pixels}")
             if _orientation(image) in (5, 6, 7, 8):
@@ -125,10 +127,8 @@ def open_image(place: Place) -> PIL.Image.Image:
             image = opened.copy()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise BadRow("broken_image", f"{place.path}: {error}") from None
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+    if image.mode in ("I;16", "I;16B", "I;16L") or (image.mode == "I" and opened.format in ("PNG", "PPM")):  # what Pillow makes of 16 bits
         image = PIL.Image.fromarray(np.rint(np.asarray(image) / 257.0).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        image = PIL.Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)

@@ -73,7 +73,8 @@ class Plan:
         seed: of the order of rows and batches.
         world_size, accumulation: their product is the number of micro-batches in a step.
         shuffle: False keeps rows in order (evaluation).
-        copies: how often each row comes in an epoch, a fraction for that share of such rows, drawn anew each epoch; None for once each.
+        copies: how often each row comes in an epoch; of a fraction, that share of its source's rows is drawn anew each epoch; None for once each.
+        sources: number of each row's source; None if all have the same.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class Plan:
         accumulation: int = 1,
         shuffle: bool = True,
         copies: Sequence[float] | np.ndarray | None = None,
+        sources: Sequence[int] | np.ndarray | None = None,
     ):
         self.lengths, self.costs, self.budget, self.rows_per_batch = lengths, costs, budget, rows_per_batch
         self.seed, self.world_size, self.accumulation, self.shuffle = seed, world_size, accumulation, shuffle
         self.copies = None if copies is None or all(copy == 1 for copy in copies) else np.asarray(copies)
+        self.sources = np.zeros(len(lengths), np.int64) if sources is None else np.asarray(sources)
         most, step = max(len(self._packed(epoch)) for epoch in range(epochs)), world_size * accumulation
         self.batches_per_epoch = -(-most // step) * step  # whole steps, so that the plan does not depend on the ranks
 
@@ -116,9 +119,11 @@ class Plan:
         if self.copies is None:
             return list(range(len(self.lengths)))
         times = np.floor(self.copies).astype(np.int64)
-        for share in np.unique(self.copies - times):
-            rows = np.flatnonzero(self.copies - times == share)
-            times[random.Random(f"{self.seed} copies {epoch} {share}").sample(rows.tolist(), round(len(rows) * float(share)))] += 1
+        for source in np.unique(self.sources[self.copies != times]):
+            rows = np.flatnonzero(self.sources == source)
+            share = float(self.copies[rows[0]] - times[rows[0]])
+            drawn = random.Random(f"{self.seed} copies {epoch} {source}").sample(rows.tolist(), max(1, round(len(rows) * share)))
+            times[drawn] += 1
         return np.repeat(np.arange(len(times)), times).tolist()  # type: ignore[no-any-return]
 
     @property

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from interlace.data.download import UrlPolicy, download, is_url
 from interlace.data.sample import BadRow, Image, Place, Video
 
 _LONGEST_PATH = 1024
+_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,12 @@ class MediaFolder:
         path = self._path(name)
         return Place(str(path)) if path.is_file() else self._keep(name, download(url, self.urls))
 
+    def forget(self, place: Place) -> None:
+        """Throws a download away that turned out to be no medium: a later run asks again."""
+        path = Path(place.path)
+        if path.name.startswith("url-") and path.is_relative_to(self.folder):
+            path.unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path:
         return self.folder / name[-2:] / name
 
@@ -55,6 +63,7 @@ class MediaFolder:
             handle, scratch = tempfile.mkstemp(dir=path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                os.fchmod(handle, 0o644)  # the cache may be shared
             Path(scratch).replace(path)  # whole or not at all, whoever else writes it
         return Place(str(path))
 
@@ -171,3 +180,23 @@ def _real(folder: str, path: str) -> str:
 @lru_cache(maxsize=10_000)
 def _real_folder(folder: str, path: str) -> str:
     return os.path.realpath(os.path.join(folder, path))
+
+
+def frame_folder(folder: Path) -> list[Path]:
+    """The image files of a folder of frames, in natural order (frame_2 before frame_10); other files are passed over.
+
+    Raises:
+        BadRow: there is none, or one is a link that leads out of the folder.
+    """
+    try:
+        frames = [path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()]
+    except OSError as error:
+        raise BadRow("broken_video", f"{folder} cannot be listed: {error.strerror}") from None
+    if not frames:
+        raise BadRow("empty_video", f"{folder} holds no image files")
+    if len(kinds := {path.suffix.lower().replace("jpeg", "jpg") for path in frames}) > 1:
+        raise BadRow("bad_video", f"{folder} holds frames of several kinds ({', '.join(sorted(kinds))}): pictures beside depth maps, perhaps; keep one kind")
+    for path in frames:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise BadRow("outside_folder", f"{path} is a link that leads out of its folder")
+    return sorted(frames, key=lambda path: ([int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))], path.name))

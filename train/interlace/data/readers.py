@@ -1,4 +1,5 @@
-"""Files -> rows as they stand in them, one after another: json, jsonl, parquet, tar shards and saved `datasets`; memory does not grow with the file.
+"""Files -> rows as they stand in them, one after another: json, jsonl, parquet, tar shards and saved `datasets`; memory does not grow with the
+file (of a parquet file, one row group is held).
 
 Every reader yields (index, value, position): `value` is the record, or a `BadRow` where the file is damaged there; `position`, from 0 to 1, is how far
 the reading is.
@@ -80,13 +81,17 @@ def _json_lines(path: Path) -> Rows:
     index = number = 0
     with raw:
         try:
-            for line in contents:
+            while line := contents.readline(_LONGEST_ROW):
+                if len(line) == _LONGEST_ROW:
+                    raise InputError(f"{path}: line {number + 1}: a row of more than {_LONGEST_ROW >> 20} MiB")
                 number += 1
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield index, _json_line(line, number), raw.tell() / size
                     index += 1
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            if index == 0:
+                raise InputError(f"{path}: cannot be unpacked: {error}") from None
             yield index, BadRow("broken_archive", f"the file breaks off behind line {number}: {error}; what follows is lost"), 1.0
             index += 1
     if index == 0:

@@ -10,12 +10,12 @@ from interlace.data.formats import FORMATS, recognise
 from interlace.data.ledger import Entry
 from interlace.data.lengths import TooLong, expanded_length, fit, most_frames
 from interlace.data.media import check_image
-from interlace.data.places import Finder, MediaFolder
+from interlace.data.places import Finder, MediaFolder, frame_folder
 from interlace.data.sample import BadRow, Image, Part, Place, PreferencePair, Sample, Text, Turn, Video, media_of
 from interlace.data.shards import ArchiveRow
 from interlace.data.sources import Source
 from interlace.data.template import ChatTemplate, Encoded
-from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers, frame_folder
+from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers
 
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
@@ -188,15 +188,22 @@ class RowReader:
         """An image or a video with its sizes and all the frames that may be chosen from."""
         if isinstance(item, Image):
             place = finder.find(item, "image")
-            return _Visual((place,), headers.of(place, check_image, self.max_image_pixels), is_video=False)
+            return _Visual((place,), self._checked(place, check_image, headers), is_video=False)
         if item.frames:
             return _Visual(tuple(finder.find(frame, "video") for frame in item.frames), None, is_video=True)
         place = finder.find(item, "video")
         if place.size < 0 and Path(place.path).is_dir():
             frames = [Image(str(Path(item.path) / frame.name)) for frame in frame_folder(Path(place.path))]
             return _Visual(tuple(finder.find(frame, "video") for frame in frames), None, is_video=True, folder=place.path)
-        index: VideoIndex = headers.of(place, check_video, self.max_image_pixels)
+        index: VideoIndex = self._checked(place, check_video, headers)
         return _Visual((place,), (index.width, index.height), is_video=True, index=index)
+
+    def _checked(self, place: Place, check: Callable[[Place, int], Any], headers: Headers) -> Any:
+        try:
+            return headers.of(place, check, self.max_image_pixels)
+        except BadRow:
+            self.kept.forget(place)
+            raise
 
     def _encode(self, sample: Sample | PreferencePair, visuals: Sequence["_Visual"], headers: Headers) -> tuple[Encoded, list[Place], list[int], str]:
         """The row's ids with the places and tokens of its images, and what was done to its videos ("" if nothing)."""

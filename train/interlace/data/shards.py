@@ -14,6 +14,7 @@ from interlace.data.sample import BadRow, Place
 from interlace.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
+_LARGEST_MEMBER = 256 << 20
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 
@@ -37,6 +38,8 @@ def tar_rows(path: Path) -> Iterator[tuple[int, Any, float]]:
             for member in archive:
                 if not packed and member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
+                if packed and member.size > _LARGEST_MEMBER:
+                    raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; members of a compressed archive may have {_LARGEST_MEMBER:,}")
                 if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
                     continue
                 folder, _, name = member.name.rpartition("/")

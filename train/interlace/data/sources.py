@@ -243,7 +243,10 @@ def expand(data_files: str | list[str], quiet: bool = False) -> list[str]:
 
 
 def _holds_rows(name: str) -> bool:
-    return Path(name).is_file() or (Path(name) / "state.json").is_file()
+    try:
+        return Path(name).is_file() or (Path(name) / "state.json").is_file()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def _braces(pattern: str) -> list[str]:

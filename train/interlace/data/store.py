@@ -18,6 +18,7 @@ from interlace.data.ledger import Entry
 from interlace.data.reading import Outcome, Row
 from interlace.data.sample import Place
 from interlace.data.template import IGNORE_INDEX, Encoded
+from interlace.errors import InputError
 
 TRAINED, SHORTENED, SKIPPED = 0, 1, 2
 # Reasons that may pass without a change of the data file: a picture is mended, a server is up again
@@ -119,16 +120,23 @@ class Store:
     Args:
         folder: holds `rows.arrow` and `source.json`.
         file: the source's name in ledgers.
+        made: when the store was made, if it must be that very one.
+
+    Raises:
+        InputError: it has been made anew.
     """
 
-    def __init__(self, folder: Path, file: str):
+    def __init__(self, folder: Path, file: str, made: float | None = None):
         self.folder, self.file = folder, file
+        self.made: float = json.loads((folder / "source.json").read_text(encoding="utf-8"))["made"]
+        if made not in (None, self.made):
+            raise InputError(f"{folder}: the rows of {file} have been made anew by another run while this one was reading them; start it again")
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
         self._batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.folder, self.file)  # another process maps the file itself
+        return Store, (self.folder, self.file, self.made)  # another process maps the file itself
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -171,8 +179,7 @@ class Store:
 
     def is_current(self, process_start: float) -> bool:
         """Whether the media are still as they were. A store with media that were bad is taken only from this very run: they may have been mended since."""
-        made = json.loads((self.folder / "source.json").read_text(encoding="utf-8"))["made"]
-        if made < process_start and PASSING_REASONS & set(self.counts("reason")):
+        if self.made < process_start and PASSING_REASONS & set(self.counts("reason")):
             return False
         for batch in self._batches:
             files = batch.column("files").flatten()

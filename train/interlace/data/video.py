@@ -18,13 +18,11 @@ Only the containers of `FORMATS` are opened, and only as bytes: a playlist (HLS,
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
@@ -40,7 +38,6 @@ from interlace.data.places import open_bytes
 from interlace.data.sample import BadRow, Place
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"  # names of demuxers: mov is mp4 too, matroska webm
-_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 _BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide pnot uuid sidx ssix mfra meta pdin prft emsg".split())
 # Signs of a, b, c, d in a display matrix, which takes (x, y) to (ax + cy, bx + dy) -> what makes the picture upright
 _TURNS: dict[tuple[int, ...], PIL.Image.Transpose] = {
@@ -111,24 +108,6 @@ def choose_numbers(count: int, num_frames: int) -> list[int]:
     Source: LLaVA-NeXT, llava/train/train.py, `np.linspace(0, total - 1, num_frames, dtype=int)`.
     """
     return list(range(count)) if count <= num_frames else [int(number) for number in np.linspace(0, count - 1, num_frames)]
-
-
-def frame_folder(folder: Path) -> list[Path]:
-    """The image files of a folder of frames, in natural order (frame_2 before frame_10); other files are passed over.
-
-    Raises:
-        BadRow: there is none, or one is a link that leads out of the folder.
-    """
-    try:
-        frames = [path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()]
-    except OSError as error:
-        raise BadRow("broken_video", f"{folder} cannot be listed: {error.strerror}") from None
-    if not frames:
-        raise BadRow("empty_video", f"{folder} holds no image files")
-    for path in frames:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise BadRow("outside_folder", f"{path} is a link that leads out of its folder")
-    return sorted(frames, key=lambda path: ([int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))], path.name))
 
 
 def decode_frames(place: Place, pts: Sequence[int]) -> list[PIL.Image.Image]:

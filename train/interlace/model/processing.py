@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from transformers import BaseImageProcessor, LlavaImageProcessorPil, PretrainedConfig, PreTrainedTokenizerBase
@@ -69,13 +70,15 @@ class Processing:
 
     @staticmethod
     def _pixels(image_processor: BaseImageProcessor, images: list[PIL.Image.Image]) -> torch.Tensor:
-        """What the processor gives, its arithmetic done for all images at once: Hugging Face's goes pixel by pixel of each and takes half of the time."""
+        """What the processor gives. Its arithmetic on every pixel takes half of the time, so it is done once for each of the 256 values a pixel can have."""
         settings: Any = image_processor
         if not (settings.do_rescale and settings.do_normalize):
             return image_processor(images=images, return_tensors="pt")["pixel_values"]
-        pixels = image_processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"].float()
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.image_mean, settings.image_std))
-        return pixels.mul_(settings.rescale_factor).sub_(mean).div_(std)
+        pixels = image_processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        assert pixels.dtype == np.uint8
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        table = settings.normalize(settings.rescale(values, settings.rescale_factor), settings.image_mean, settings.image_std)
+        return torch.from_numpy(np.stack([table[channel, 0].take(pixels[..., channel, :, :]) for channel in range(3)], axis=-3))
 
     def generation_inputs(self, rows: Sequence[Sequence[PIL.Image.Image]]) -> dict[str, torch.Tensor]:
         """What `generate` takes of the images of some rows, beside their ids; nothing if there are none."""

@@ -162,10 +162,10 @@ def training_plan(rows: Rows, arguments: Arguments, args: TrainingArguments) -> 
     exact = None if arguments["packing"] else args.per_device_train_batch_size
     seed = args.seed if args.data_seed is None else args.data_seed
     accumulation, epochs = args.gradient_accumulation_steps, -(-args.num_train_epochs // 1)
-    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies)
+    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies, sources=rows.sources)
     if args.max_steps > 0:
         epochs = -(-args.max_steps // plan.steps_per_epoch)
-        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies)
+        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies, sources=rows.sources)
     return plan
 
 
