@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how a script turns them into an exit code."""
 
+import atexit
 import os
 import sys
 import warnings
@@ -13,9 +14,17 @@ class InputError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 1 anything else."""
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other about their next versions
+    code = 0
     try:
         main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # the threads of a process group abort the interpreter's shutdown now and then, and a run that is done would seem to have failed
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
