@@ -19,6 +19,7 @@ from interlace.model.costs import BatchShape, Cost, StepCosts
 from interlace.model.families import part_of
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.training.rehearsal import Rehearsal, rehearse
+from interlace.training.supervised import new_adapter
 
 # Bytes of optimizer state for each parameter that trains; Adam in float32 keeps two numbers
 OPTIMIZER_BYTES = {"sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0, "adafactor": 0.1, "lion_32bit": 4.0, "paged_lion_32bit": 4.0, "adamw_torch_4bit": 1.2}
@@ -139,16 +140,11 @@ def empty_model(config: PretrainedConfig, arguments: Mapping[str, Any]) -> Tuned
 
 def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
     """The adapter's settings: from the keys, or from the adapter that is continued."""
-    if not arguments["lora"]:
-        return None
-    if arguments["lora_path"]:
-        saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
-        targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
-        return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
-    targets = arguments["lora_target_modules"]
-    names = ("lora_rank", "lora_alpha", "lora_dropout")
-    rank, alpha, dropout = (arguments[name] for name in names)
-    return Lora(rank, alpha, dropout, None if targets is None else list_value(targets), arguments["use_dora"], arguments["use_rslora"])
+    if not (arguments["lora"] and arguments["lora_path"]):
+        return new_adapter(dict(arguments))
+    saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
+    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+    return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
 
 
 def checkpoints(arguments: Mapping[str, Any]) -> tuple[bool, bool]:

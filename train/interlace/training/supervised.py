@@ -189,19 +189,19 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     # a fully tuned model is saved whole: what is frozen in it stays as it is stored, never rounded
     dtype: torch.dtype | str = "auto" if mixed and not arguments["lora"] else compute
     model = load_model(path, dtype, bits, arguments["trust_remote_code"], arguments["image_aspect_ratio"])
-    targets = arguments["lora_target_modules"]
-    lora = Lora(
-        arguments["lora_rank"],
-        arguments["lora_alpha"],
-        arguments["lora_dropout"],
-        None if targets is None else list_value(targets),
-        arguments["use_dora"],
-        arguments["use_rslora"],
-    )
     torch.manual_seed(args.seed)
     parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
-    wanted = lora if arguments["lora"] and not arguments["lora_path"] else None
+    wanted = None if arguments["lora_path"] else new_adapter(arguments)
     return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute)
+
+
+def new_adapter(arguments: Arguments) -> Lora | None:
+    """The settings of the adapter to train; None for full tuning."""
+    if not arguments["lora"]:
+        return None
+    targets = arguments["lora_target_modules"]
+    rank, alpha, dropout = (arguments[name] for name in ("lora_rank", "lora_alpha", "lora_dropout"))
+    return Lora(rank, alpha, dropout, None if targets is None else list_value(targets), arguments["use_dora"], arguments["use_rslora"])
 
 
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:
