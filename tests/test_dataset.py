@@ -22,13 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlace.data import dataset as dataset_module
+from interlace.data import places
 from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows, check_ledger, ledger_of, make_stores
 from interlace.data.formats import FORMATS
 from interlace.data.ledger import Entry, Ledger
 from interlace.data.lengths import expand, expanded_length, fit
 from interlace.data.packing import Plan, PlanLoader
-from interlace.data.places import MediaFolder
+from interlace.data.places import MediaFolder, locate
 from interlace.data.reading import Headers, Outcome, Record, Row, RowReader, records_of
 from interlace.data.sample import BadRow, Sample
 from interlace.data.sources import Source, read_entries
@@ -430,6 +431,21 @@ def test_a_frame_added_to_a_folder_is_noticed(tmp_path: Path, read: Read) -> Non
     assert len(read(entry)[0][0].images) == 3
     picture(data / "clip" / "3.png")
     assert len(read(entry)[0][0].images) == 4
+
+
+def test_a_link_that_leads_elsewhere_is_noticed(tmp_path: Path, read: Read) -> None:
+    data = tmp_path / "data"
+    for version in (1, 2):
+        picture(data / f"v{version}" / "x.png", (8 * version, 8), version)
+    (data / "now").symlink_to("v1")
+    (data / "rows.json").write_text(json.dumps([{"image": "now/x.png", "conversations": [["<image>q", "a"]]}]))
+    entry = {"data_files": str(data / "rows.json")}
+    assert read(entry)[0][0].images[0].path == str(data / "v1" / "x.png")
+    (data / "now").unlink()
+    (data / "now").symlink_to("v2")
+    locate.cache_clear()  # another process would not remember either
+    places._real_folder.cache_clear()
+    assert read(entry)[0][0].images[0].path == str(data / "v2" / "x.png")
 
 
 def test_a_file_that_cannot_be_read_stops_all_and_leaves_nothing_half_made(tmp_path: Path, read: Read) -> None:

@@ -76,12 +76,14 @@ class Finder:
         image_roots, video_roots: the folders that paths may lie in, the declared one first.
         kept: for media that are no files.
         members: what an archive holds beside the row, by name.
+        followed: gets the paths that led to a medium over a link, which may lead elsewhere one day.
     """
 
     image_roots: tuple[Path, ...]
     video_roots: tuple[Path, ...]
     kept: MediaFolder
     members: Mapping[str, Place | bytes] = field(default_factory=dict)
+    followed: list[str] = field(default_factory=list)
 
     def find(self, item: Image | Video, kind: Literal["image", "video"]) -> Place:
         """The place of an image, or of a video or one of its frames (`kind` video); a folder of frames has the folder's path.
@@ -96,7 +98,12 @@ class Finder:
             return self.kept.keep(member) if isinstance(member, bytes) else member
         if is_url(item.path) and is_text(item.path):
             return self.kept.fetch(item.path)
-        return Place(locate(item.path, self.video_roots if kind == "video" else self.image_roots, kind))
+        roots = self.video_roots if kind == "video" else self.image_roots
+        place = locate(item.path, roots, kind)
+        written = [os.path.join(_real_folder(str(root), ""), item.path) for root in roots]
+        if place not in written:
+            self.followed.extend(path for path in written if os.path.realpath(path) == place)
+        return Place(place)
 
 
 def is_text(name: str) -> bool:

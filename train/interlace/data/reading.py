@@ -79,7 +79,8 @@ class Row:
 class Outcome:
     """What became of one record: its format and why, sample and row if it is admitted, and the ledger entry if it is not simply trained.
 
-    `dropped` is what a shortened row left out, as ids; `folders` are those that its videos are frames of.
+    `dropped` is what a shortened row left out, as ids; `watched` are the paths, beside its media, that it
+    rests on: folders of frames, links.
     """
 
     record: Record
@@ -88,7 +89,7 @@ class Outcome:
     row: Row | None
     entry: Entry | None
     dropped: Encoded | None = None
-    folders: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
 
 
 @dataclass
@@ -166,7 +167,7 @@ class RowReader:
         reason = "too_long" if shortened else "fewer_frames" if fewer else "opening_assistant_turn" if sample.note else None
         detail = "; ".join(text for text in (sample.note, fewer, shortened) if text)
         entry = Entry(record.file, record.index, "shortened", reason, detail) if reason else None
-        return Outcome(record, kind, sample, row, entry, dropped, tuple(visual.folder for visual in visuals if visual.folder))
+        return Outcome(record, kind, sample, row, entry, dropped, (*(visual.folder for visual in visuals if visual.folder), *finder.followed))
 
     def _parse(self, record: Record) -> tuple[str, Sample | PreferencePair, Mapping[str, Place | bytes]]:
         value, members = record.value, {}

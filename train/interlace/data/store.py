@@ -84,7 +84,7 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
         {"path": place.path, "offset": place.offset, "size": place.size, "pts": place.pts, "tokens": tokens}
         for place, tokens in zip(row.images, row.image_tokens, strict=True)
     ]
-    paths = dict.fromkeys([*(place.path for place in row.images), *outcome.folders])
+    paths = dict.fromkeys([*(place.path for place in row.images), *outcome.watched])
     stats.update((path, file_state(path)) for path in paths if path not in stats)
     return values | {
         "length": row.length,
