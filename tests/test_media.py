@@ -1,5 +1,6 @@
 """Images: one documented answer for every oddity, with real files; where media may lie; downloads."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -251,11 +252,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
                 self.end_headers()
                 return
             self.send_response(404 if self.path == "/nothing" else 200)
+            if self.path == "/packed":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
             try:
                 if self.path == "/endless":
                     for _ in range(10_000):
                         self.wfile.write(bytes(1 << 16))
+                elif self.path == "/packed":
+                    self.wfile.write(gzip.compress(bytes(50_000_000)))
                 elif self.path == "/slow":
                     for _ in range(50):
                         self.wfile.write(b"x")
@@ -316,6 +321,8 @@ def test_downloads_have_limits(server: tuple[str, list[str]]) -> None:
         download(f"{address}/slow", UrlPolicy(("127.0.0.1",), timeout_seconds=0.5))
     with pytest.raises(BadRow, match=r"url_error: .*404"):
         download(f"{address}/nothing", UrlPolicy(("127.0.0.1",)))
+    packed = download(f"{address}/packed", UrlPolicy(("127.0.0.1",), max_bytes=100_000))
+    assert len(packed) < 100_000  # taken as it comes: what it would unpack to never enters memory
     with pytest.raises(BadRow, match="url_error"):
         download("http://127.0.0.1:9/x.png", UrlPolicy(("127.0.0.1",)))
 
