@@ -64,7 +64,8 @@ ROWS: list[tuple[Any, str]] = [
     (filmed("missing.mp4"), "missing_video"),
     (filmed("empty.mp4"), "broken_video"),
     (filmed("cut.mp4"), "broken_video"),
-    (filmed("page.jpg"), "broken_video"),
+    (filmed("page.mp4"), "broken_video"),
+    (filmed("page.jpg"), "broken_image"),  # a video of one frame
     (filmed("sound.wav"), "broken_video"),
     (filmed("no_frames"), "empty_video"),
     ({"audio": "sound.wav", "conversations": [Q, A]}, "audio"),
@@ -84,7 +85,8 @@ def plant(folder: Path) -> list[dict[str, Any]]:
     (folder / "empty.png").touch()
     (folder / "empty.mp4").touch()
     (folder / "no_frames").mkdir()
-    (folder / "page.jpg").write_text("<html>404</html>")
+    for name in ("page.jpg", "page.mp4"):
+        (folder / name).write_text("<html>404</html>")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:500])
     (folder / "bomb.png").write_bytes(bomb(50_000))
     with av.open(str(folder / "whole.mp4"), "w") as container:

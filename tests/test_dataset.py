@@ -355,11 +355,13 @@ def test_rows_and_ledger_are_the_same_for_any_number_of_workers(tmp_path: Path, 
         assert list(other.entries) == list(ledger.entries) and other.summary() == ledger.summary()
 
 
-def test_rows_on_disk_are_the_rows_that_were_read(tmp_path: Path, reader: RowReader, read: Read) -> None:
-    entries = mixed(tmp_path / "data", 30)
-    rows, _ = read(entries, kind="any")
-    every = list(dataclasses.replace(reader, kind="any").outcomes(records_of(read_entries(entries, 0))))
+@pytest.mark.parametrize("kind", ["supervised", "preference"])
+def test_rows_on_disk_are_the_rows_that_were_read(tmp_path: Path, reader: RowReader, read: Read, kind: Any) -> None:
+    entries = [*mixed(tmp_path / "data", 30), {"data_files": str(tmp_path / "data" / "rows.json")}]
+    rows, _ = read(entries, kind=kind)
+    every = list(dataclasses.replace(reader, kind=kind).outcomes(records_of(read_entries(entries, 0))))
     direct = [found.row for found in every if found.row is not None]
+    assert direct
     assert len(direct) == len(rows)
     assert [row.file for row in rows] == [row.file for row in direct]
     for stored, expected in zip(rows, direct, strict=True):

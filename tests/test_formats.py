@@ -196,6 +196,7 @@ def test_videos_in_every_spelling() -> None:
     assert videos({"videos": ["v.mp4", "w.mp4"]}, "<video><video>q") == [Video("v.mp4"), Video("w.mp4")]
     frames = (Image("1.jpg"), Image("2.jpg"))
     assert videos({"video": ["1.jpg", "2.jpg"]}, "<video>q") == videos({"videos": [["1.jpg", "2.jpg"]]}, "<video>q") == [Video("1.jpg", frames=frames)]
+    assert videos({"video": ["1.jpg"]}, "<video>q") == [Video("1.jpg", frames=frames[:1])]
     assert videos({"image": "a.png", "video": "v.mp4"}, "<video> after <image>") == [Video("v.mp4"), Image("a.png")]
     inline = {
         "messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}, {"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
@@ -275,7 +276,7 @@ def test_every_format_has_a_valid_schema() -> None:
 
 @pytest.mark.parametrize(("name", "record"), [*SAMPLES, *(("preference", record) for record in PAIRS)])
 def test_rows_that_are_read_fit_their_schema(name: str, record: dict[str, Any]) -> None:
-    validator(name).validate([record])
+    assert not list(validator(name).iter_errors([record]))
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,9 @@ def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "
     Raises:
         InputError: bad rows (or over-long ones) that the policy does not allow, listed with file and index; or no row is left.
     """
-    bad = sum(count for reason, count in _skipped(ledger).items() if reason != "too_long")
-    long = _skipped(ledger)["too_long"] if too_long == "error" else 0
+    skipped = Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
+    too_long_rows = skipped.pop("too_long", 0)
+    bad, long = skipped.total(), too_long_rows if too_long == "error" else 0
     allowed = 0 if bad_rows == "error" else bad if max_bad_rows is None else max_bad_rows
     if bad > allowed or long:
         fatal = [e for e in ledger.entries if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason != "too_long" and bad > allowed))]
@@ -233,10 +234,6 @@ def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "
         raise InputError(f"{len(fatal):,} of {ledger.rows:,} rows cannot be used; {remedy}\n  " + "\n  ".join(lines) + more)
     if ledger.rows == ledger.skipped:
         raise InputError(f"no row is left to use: {ledger.summary()}")
-
-
-def _skipped(ledger: Ledger) -> Counter[str]:
-    return Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
 
 
 def describe_formats(stores: Sequence[Store]) -> list[str]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from interlace.data.download import UrlPolicy, download, is_url
-from interlace.data.sample import BadRow, Image, Place, Video
+from interlace.data.sample import IMAGE_SUFFIXES, BadRow, Image, Place, Video
 
 _LONGEST_PATH = 1024
-_FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +195,7 @@ def frame_folder(folder: Path) -> list[Path]:
         BadRow: there is none, or one is a link that leads out of the folder.
     """
     try:
-        frames = [path for path in folder.iterdir() if path.suffix.lower() in _FRAME_SUFFIXES and not path.name.startswith(".") and path.is_file()]
+        frames = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()]
     except OSError as error:
         raise BadRow("broken_video", f"{folder} cannot be listed: {error.strerror}") from None
     if not frames:

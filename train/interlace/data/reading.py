@@ -19,7 +19,7 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-_VERSION = 2  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 3  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +142,12 @@ class RowReader:
     kept: MediaFolder
     num_frames: int = 16
     video_fps: float | None = None
-    kind: Literal["supervised", "preference", "any"] = "supervised"
+    kind: Literal["supervised", "preference"] = "supervised"
 
     def fingerprint(self) -> str:
         """A hash of everything, beside the record and its media, that decides what a row becomes."""
         names = ("image_settings", "max_length", "too_long", "max_image_pixels", "num_frames", "video_fps", "kind")
-        settings = [_VERSION, self.template.fingerprint(), self.kept.urls, *(getattr(self, name) for name in names)]
+        settings = [_VERSION, self.template.fingerprint, self.kept.urls, *(getattr(self, name) for name in names)]
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def read(self, record: Record, headers: Headers) -> Outcome:

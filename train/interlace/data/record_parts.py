@@ -7,10 +7,9 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
-from interlace.data.sample import BadRow, Image, Part, Role, Text, Turn, Video
+from interlace.data.sample import IMAGE_SUFFIXES, BadRow, Image, Part, Role, Text, Turn, Video
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # How the encoded bytes of images begin in base64: JPEG, PNG, GIF, WebP, BMP
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 _LONGEST_NAME = 1024
@@ -98,7 +97,7 @@ def as_video(item: Any) -> Video:
 
 def _videos(items: list[Any]) -> list[Video]:
     """A list of image files is one video given by its frames; any other list is several videos."""
-    if len(items) > 1 and all(isinstance(item, str) and PurePosixPath(item).suffix.lower() in FRAME_SUFFIXES for item in items):
+    if items and all(isinstance(item, str) and PurePosixPath(item).suffix.lower() in IMAGE_SUFFIXES for item in items):
         return [as_video(items)]
     return [as_video(item) for item in items]
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interlace.data.sample import BadRow, Place
+from interlace.data.sample import IMAGE_SUFFIXES, VIDEO_SUFFIXES, BadRow, Place
 from interlace.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
 _LARGEST_MEMBER = 256 << 20
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +88,16 @@ def _tar_row(group: Mapping[str, bytes | Place]) -> Any:
     record = next((_member_json(name, value) for name, value in texts.items() if name.endswith(".json")), None)
     if isinstance(record, BadRow):
         return record
-    named = {
-        suffixes[0]: sorted((name for name in media if name.lower().rpartition(".")[2] in suffixes), key=_member_order)
-        for suffixes in (_IMAGE_SUFFIXES, _VIDEO_SUFFIXES)
-    }
+    images, videos = (sorted((name for name in media if name.lower().endswith(suffixes)), key=_member_order) for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
     if record is None:
         caption = next((value.decode("utf-8", "replace") for name, value in texts.items() if name.endswith(".txt")), None)
         if caption is None:
             return BadRow("unknown_format", f"neither .json nor .txt among {', '.join(sorted(group))}")
-        if not named["jpg"] and not named["mp4"]:
+        if not images and not videos:
             return BadRow("missing_image", f"a caption without its picture: {', '.join(sorted(group))}")
-        record = {"conversations": [["<image>" * len(named["jpg"]) + "<video>" * len(named["mp4"]), caption.strip()]]}
+        record = {"conversations": [["<image>" * len(images) + "<video>" * len(videos), caption.strip()]]}
     if isinstance(record, dict):
-        for name, names in (("image", named["jpg"]), ("video", named["mp4"])):
+        for name, names in (("image", images), ("video", videos)):
             if names and not any(record.get(key) for key in (name, f"{name}s")):
                 record[name] = names
     short = {name.rpartition("/")[2]: value for name, value in media.items()}

@@ -9,6 +9,7 @@ would merge with the header's; other leading white space stays.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -170,6 +171,7 @@ class ChatTemplate:
         ids = [token for turn in self._with_system(turns) for piece in self._pieces(turn) for token in piece]
         return [*ids, self.start, *self.text_ids("assistant\n")]
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides the ids and labels of a conversation."""
         settings = [self.system_prompt, self.label_policy, str(self.image_token_id), _JINJA]

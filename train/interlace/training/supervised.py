@@ -140,7 +140,7 @@ def processing_of(path: str, arguments: Arguments) -> Processing:
     return load_processing(path, **{name: arguments[name] for name in names})
 
 
-def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supervised", "preference", "any"] = "supervised") -> RowReader:
+def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supervised", "preference"] = "supervised") -> RowReader:
     """The reader that the arguments describe."""
     urls = UrlPolicy(hosts(arguments["allowed_url_hosts"])) if arguments["allow_urls"] else None
     cache_dir = Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()
