@@ -265,7 +265,8 @@ def newest_whole(output_dir: Path, problem_of: Callable[[Path], str | None], say
     for folder in reversed(checkpoint_folders(output_dir)):
         problem = problem_of(folder)
         if problem is None:
-            point_latest(output_dir)
+            if problems:
+                point_latest(output_dir)
             return open_checkpoint(folder)
         aside = set_aside(folder, "damaged")
         problems.append(f"{folder}: damaged: {problem}; it is now {aside.name}")

@@ -79,6 +79,7 @@ class DurableTrainer(Trainer):
         ranks, saver, asked = self.survival.ranks, self.survival.saver, self.survival.signals.requested
         total, codes, busy, problems = ranks.sum([weight, float(asked or 0), float(saver.is_busy), float(problem is not None)])
         if problems:
+            self.finish_saving()
             raise InputError("\n  ".join(dict.fromkeys(found for found in ranks.gather(problem) if found)))
         if codes and self.stop_code is None:
             self.stop_code = max(ranks.gather(asked or 0))
@@ -268,6 +269,7 @@ class DurableTrainer(Trainer):
         shown = "; ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         text = f"step {self.state.global_step + 1}: {what} is not finite; rows of the micro-batch: {shown}"
         if self.survival.on_non_finite == "stop":
+            self.finish_saving()
             raise RunError(
                 f"{text}. The weights are those of step {self.state.global_step}; look at these rows, lower learning_rate, or set on_non_finite: skip"
             )

@@ -31,7 +31,7 @@ FIXED_KEYS = (
     *("tunable_parts", "freeze_include", "freeze_exclude", "optim"),
 )
 DATA_KEYS = (
-    *("dataset", "image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
+    *("image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
     *("packing", "per_device_train_batch_size", "max_tokens_per_batch"),
 )
 # Keys that change nothing about the training: no word is lost about them
@@ -89,8 +89,8 @@ def finished_steps(output_dir: Path) -> int:
 
 
 def check_settings(checkpoint: Checkpoint, arguments: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Holds the arguments against those that the checkpoint was made with: what trains must be the same, data too unless `accept_data_change`;
-    every other difference is said.
+    """Holds the arguments against those that the checkpoint was made with: what trains must be the same, and how rows are read, unless
+    `accept_data_change`; every other difference is said. Where the data lie may change: `check_data` looks at the rows themselves.
 
     Raises:
         InputError: the keys that changed, with what they were and are.

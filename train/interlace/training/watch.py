@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 
-from interlace.errors import Stopped
+from interlace.errors import RunError, Stopped
 from interlace.training.ranks import Ranks
 
 _VERDICT = "verdict"
@@ -75,10 +75,13 @@ class Watch:
             self.at(self.position.step, "waiting for the others to end")
             self.ranks.sum([0])
         except BaseException as error:
+            if _is_lost_connection(error):
+                gone = self._who_is_gone()
+                self._is_over.set()
+                raise RunError(f"at {self.position} {gone}; the checkpoints stand: start again with resume_from_checkpoint: true") from error
             self._is_over.set()
-            if isinstance(error, Stopped):  # by all of them
-                raise
-            self._tell(f"rank {self.ranks.rank} on {socket.gethostname()} stopped at {self.position}: {type(error).__name__}: {error}")
+            if not isinstance(error, Stopped):  # by all of them
+                self._tell(f"rank {self.ranks.rank} on {socket.gethostname()} stopped at {self.position}: {type(error).__name__}: {error}")
             raise
         self._is_over.set()
 
@@ -105,6 +108,24 @@ class Watch:
             store.compare_set(_VERDICT, "", verdict)
             if self.ranks.is_main:
                 time.sleep(2 * self.beat_seconds)  # the store goes with this process: let the others read
+
+    def _who_is_gone(self) -> str:
+        """Which ranks give no sign of life any more, after a connection broke."""
+        me = f"rank {self.ranks.rank} on {socket.gethostname()} lost its connection to another rank"
+        try:
+            store = self._connect()
+            before = [self._beat_of(store, rank) for rank in range(self.ranks.world_size)]
+            time.sleep(4 * self.beat_seconds)
+            silent = [rank for rank, beat in enumerate(before) if rank != self.ranks.rank and self._beat_of(store, rank) == beat]
+        except RuntimeError:
+            return f"{me}: rank 0 on {self._hosts[0]} is gone"
+        names = ", ".join(f"rank {rank} on {self._hosts[rank]}, last at {json.loads(before[rank])[1] if before[rank] else 'the start'}" for rank in silent)
+        return (
+            f"{me}: gone are {names}" if silent else f"{me}, and all are alive: a collective took longer than ddp_timeout, or the network failed for a moment"
+        )
+
+    def _beat_of(self, store: TCPStore, rank: int) -> str:
+        return store.get(f"beat {rank}").decode() if store.check([f"beat {rank}"]) else ""
 
     # --- the thread ---
 
@@ -143,7 +164,7 @@ class Watch:
         if store.check([_VERDICT]):
             self._end(store.get(_VERDICT).decode())
         for rank in range(self.ranks.world_size) if self.ranks.is_main else (0,):
-            beat = store.get(f"beat {rank}").decode() if store.check([f"beat {rank}"]) else ""
+            beat = self._beat_of(store, rank)
             if beat != heard[rank][1]:
                 heard[rank] = (now, beat)
             elif now - heard[rank][0] > self.silent_seconds and rank != me:
@@ -170,3 +191,7 @@ class Watch:
         if self.ranks.is_main:
             time.sleep(2 * self.beat_seconds)  # the store goes with this process: let the others read why
         os._exit(1)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

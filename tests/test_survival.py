@@ -1,0 +1,521 @@
+"""A run that cannot be lost: killed, cut short, damaged, filled up, stopped, and resumed as if nothing had happened."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from interlace.arguments import SCHEMA_PATH, resolve
+from interlace.errors import InputError
+from interlace.training.checkpoint import checkpoint_folders, damage
+from interlace.training.resume import find_checkpoint
+from interlace.training.supervised import finetune
+from tests.accidents import DISK_FULL, Accident, finish, run_in_process, run_ranks
+from tests.conftest import write_rows
+
+STEPS = 8
+CHECKPOINT = "interlace.training.checkpoint:"
+
+
+def arguments_for(model: Path, data: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A short run with dropout that saves every second step, evaluates every third, and resumes by itself."""
+    config = {
+        "model_name_or_path": str(model),
+        "output_dir": str(output_dir),
+        "dataset": {"train": [{"data_files": str(data)}], "eval": [{"data_files": str(data), "sampling_strategy": "first:6"}]},
+        **{"lora": True, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "gradient_checkpointing": False},
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "max_steps": STEPS},
+        **{"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1},
+        **{"dataloader_num_workers": 0, "use_cpu": True, "disable_tqdm": True, "report_to": "none", "ddp_timeout": 60, "resume_from_checkpoint": True},
+        **changes,
+    }
+    arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "test"))
+    assert not problems
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data"), 24)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    finetune(arguments_for(tiny_dir, data, folder))
+    return folder
+
+
+@pytest.fixture
+def arguments(tiny_dir: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+    return arguments_for(tiny_dir, data, tmp_path / "run")
+
+
+def logged(folder: Path, name: str = "loss") -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """The same losses at every step, and the same weights, to the last bit."""
+    assert logged(first) == logged(second)
+    one, two = weights(first), weights(second)
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def assert_safe(folder: Path) -> None:
+    """Every folder with the name of a checkpoint is whole, and so is the one that `checkpoint-latest` names."""
+    assert [damage(path) for path in checkpoint_folders(folder)] == [None] * len(checkpoint_folders(folder))
+    latest = folder / "checkpoint-latest"
+    assert not latest.is_symlink() or damage(latest) is None
+
+
+def succeeds(arguments: dict[str, Any], log: Path) -> None:
+    assert finish(run_in_process(arguments, log)) == 0, log.read_text()
+
+
+# --- kill -9 ---
+
+PHASES = {
+    "before the folder is made": Accident(CHECKPOINT + "shutil.disk_usage", 2),
+    "before the optimizer's file": Accident("interlace.training.durable:write_fragments", 2),
+    "before the weights": Accident("interlace.training.durable:save_weights", 2),
+    "between weights and processor": Accident("interlace.training.weights:save_processing", 2),
+    "after the weights": Accident("interlace.training.durable:save_weights", 2, "after"),
+    "while files are brought to the disk": Accident(CHECKPOINT + "_checksum", 17),
+    "before this rank says that it is done": Accident(CHECKPOINT + "write_whole", 3),
+    "before the manifest": Accident(CHECKPOINT + "write_whole", 4),
+    "after the manifest": Accident(CHECKPOINT + "write_whole", 4, "after"),
+    "before the checkpoint gets its name": Accident(CHECKPOINT + "_sync_folder", 3, "after"),
+    "after the checkpoint got its name": Accident(CHECKPOINT + "_sync_folder", 4),
+    "before checkpoint-latest moves": Accident(CHECKPOINT + "point_latest", 3),
+    "before the oldest goes": Accident(CHECKPOINT + "Saver._drop_oldest", 3),
+    "while the oldest goes": Accident(CHECKPOINT + "Path.rename", 4, "after"),
+    "in a step": Accident("interlace.training.trainer:supervised_loss", 9),
+    "in an evaluation": Accident("interlace.training.durable:DurableTrainer.check_stop", 2),
+    "while the result is written": Accident("interlace.training.weights:save_processing", 1 + STEPS // 2),
+    "before the run is called finished": Accident("interlace.training.supervised:draw_curves", 1, "after"),
+}
+
+
+@pytest.mark.parametrize("accident", PHASES.values(), ids=PHASES)
+def test_killed_in_any_phase_it_resumes_to_the_same_end(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, accident: Accident) -> None:
+    folder = tmp_path / "run"
+    assert finish(run_in_process(arguments, tmp_path / "log", [accident])) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert_safe(folder)
+    succeeds({**arguments, "dataloader_num_workers": 1}, tmp_path / "log")
+    assert_safe(folder)
+    assert_same_end(undisturbed, folder)
+    assert len(checkpoint_folders(folder)) == 2
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], "nothing half written is left"
+
+
+@pytest.mark.slow
+def test_killed_forty_times_at_random_it_resumes_to_the_same_end(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    """Planning, steps, saves, evaluations: wherever the moment falls."""
+    kills, ends, randomness = 0, 0, random.Random(0)
+    start = time.monotonic()
+    succeeds({**arguments, "output_dir": str(tmp_path / "timed")}, tmp_path / "log")
+    longest = time.monotonic() - start
+    while kills < 40 or not ends:
+        folder = tmp_path / f"run_{ends}"
+        process = run_in_process({**arguments, "output_dir": str(folder)}, tmp_path / "log")
+        process.join(randomness.uniform(0.2, longest))
+        process.kill()
+        code = finish(process)
+        assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        kills += code != 0
+        assert_safe(folder)
+        if code == 0:
+            assert_same_end(undisturbed, folder)
+            ends += 1
+    assert ends
+
+
+# --- damage ---
+
+
+def spoilt(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "a bit flips":
+        at = len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif how == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["a bit flips", "cut short", "missing"])
+def test_whatever_file_is_damaged_the_checkpoint_before_is_taken(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, how: str) -> None:
+    names = [path.name for path in (undisturbed / f"checkpoint-{STEPS}").iterdir()]
+    assert {"manifest.json", "trainer_state.json", "scheduler.json", "ledger.json", "optimizer-00000-of-00001.safetensors", "adapter_model.safetensors"} <= set(
+        names
+    )
+    for name in names:
+        folder, said = tmp_path / name, list[str]()
+        shutil.copytree(undisturbed, folder, symlinks=True)
+        spoilt(folder / f"checkpoint-{STEPS}" / name, how)
+        found = find_checkpoint(folder, arguments, said.append)
+        assert found is not None
+        assert found.step == STEPS - 2
+        assert (folder / f"damaged-checkpoint-{STEPS}").is_dir()
+        assert (folder / "checkpoint-latest").readlink() == Path(f"checkpoint-{STEPS - 2}")
+        assert len(said) == 1 and f"checkpoint-{STEPS}" in said[0] and name in said[0]
+
+
+def test_with_every_checkpoint_damaged_nothing_starts_afresh_in_silence(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    folder = Path(arguments["output_dir"])
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    (folder / "trainer_state.json").unlink()
+    for path in checkpoint_folders(folder):
+        spoilt(path / "scheduler.json", "missing")
+    assert finish(run_in_process(arguments, tmp_path / "log")) == 2
+    assert "no whole checkpoint is left" in (tmp_path / "log").read_text()
+    aside = folder / f"damaged-checkpoint-{STEPS - 2}"
+    named = {**arguments, "resume_from_checkpoint": str(aside)}
+    assert finish(run_in_process(named, tmp_path / "log")) == 2
+    assert "scheduler.json is missing" in (tmp_path / "log").read_text()
+    succeeds({**named, "allow_partial_resume": True}, tmp_path / "log")
+    assert logged(folder)[STEPS] > 0
+
+
+def test_a_changed_checkpoint_is_taken_only_by_a_user_who_trusts_it(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs" / "checkpoint-6"
+    shutil.copytree(undisturbed / "checkpoint-6", folder)
+    (folder / "manifest.json").unlink()
+    named = {**arguments, "resume_from_checkpoint": str(folder)}
+    assert finish(run_in_process(named, tmp_path / "log")) == 2
+    assert "it has no manifest.json" in (tmp_path / "log").read_text()
+    succeeds({**named, "trust_checkpoint": True}, tmp_path / "log")
+    assert_same_end(undisturbed, Path(arguments["output_dir"]))
+
+
+class Poison:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_in_a_checkpoint_is_never_run(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    """Under all names that Hugging Face and DeepSpeed unpickle."""
+    folder, marker = tmp_path / "theirs" / "checkpoint-6", tmp_path / "marker"
+    shutil.copytree(undisturbed / "checkpoint-6", folder)
+    (folder / "global_step6").mkdir()
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "scaler.pt",
+        "pytorch_model.bin",
+        "global_step6/mp_rank_00_model_states.pt",
+    ):
+        (folder / name).write_bytes(pickle.dumps(Poison(marker)))
+    (folder / "latest").write_text("global_step6")
+    succeeds({**arguments, "resume_from_checkpoint": str(folder), "trust_checkpoint": True}, tmp_path / "log")
+    assert_same_end(undisturbed, Path(arguments["output_dir"]))
+    assert not marker.exists()
+
+
+# --- a full disk ---
+
+
+@pytest.mark.parametrize("where", ["interlace.training.durable:save_weights", CHECKPOINT + "_checksum", CHECKPOINT + "write_whole"])
+def test_a_full_disk_leaves_the_checkpoint_before_and_stops_or_goes_on(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, where: str) -> None:
+    count = {"interlace.training.durable:save_weights": 2, CHECKPOINT + "_checksum": 17, CHECKPOINT + "write_whole": 4}[where]  # in the second save
+    full, folder = Accident(where, count, error=DISK_FULL), Path(arguments["output_dir"])
+    assert finish(run_in_process(arguments, tmp_path / "log", [full])) == 1
+    said = (tmp_path / "log").read_text()
+    assert "checkpoint-4 could not be written" in said and "No space left" in said and str(folder) in said and "Traceback" not in said
+    assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-2"]
+    succeeds(arguments, tmp_path / "log")
+    assert_same_end(undisturbed, folder)
+    other = {**arguments, "output_dir": str(tmp_path / "goes_on"), "on_save_error": "continue"}
+    assert finish(run_in_process(other, tmp_path / "log", [full])) == 0
+    assert "going on without it" in (tmp_path / "log").read_text()
+    assert [path.name for path in checkpoint_folders(tmp_path / "goes_on")] == ["checkpoint-6", "checkpoint-8"]
+    assert_same_end(undisturbed, tmp_path / "goes_on")
+
+
+def test_a_file_that_the_system_refuses_to_grow_ends_the_run_with_its_reason(arguments: dict[str, Any], tmp_path: Path) -> None:
+    assert finish(run_in_process(arguments, tmp_path / "log", largest_file=20_000)) == 1
+    assert "checkpoint-2 could not be written" in (tmp_path / "log").read_text()
+    assert not checkpoint_folders(Path(arguments["output_dir"]))
+    assert not list(Path(arguments["output_dir"]).glob(".*"))
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(arguments: dict[str, Any], tmp_path: Path) -> None:
+    small = Accident(CHECKPOINT + "shutil.disk_usage", 1, change=no_room)
+    assert finish(run_in_process(arguments, tmp_path / "log", [small])) == 1
+    assert "GB are free" in (tmp_path / "log").read_text()
+
+
+def no_room(usage: Any) -> Any:
+    return usage._replace(free=1000)
+
+
+# --- being asked to stop ---
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_the_step_and_says_so_by_its_exit_code(
+    arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = Path(arguments["output_dir"])
+    asked = Accident("interlace.training.trainer:supervised_loss", 5, change=Ask(number))  # in the third step: no checkpoint would be due
+    assert finish(run_in_process(arguments, tmp_path / "log", [asked])) == code, (tmp_path / "log").read_text()
+    (newest,) = [path for path in checkpoint_folders(folder) if path.name not in ("checkpoint-2",)]
+    assert newest.name in ("checkpoint-3", "checkpoint-4"), "one step later at most"
+    assert_safe(folder)
+    assert not (folder / "trainer_state.json").exists()
+    succeeds(arguments, tmp_path / "log")
+    assert_same_end(undisturbed, folder)
+
+
+class Ask:
+    """Sends this process a signal."""
+
+    def __init__(self, number: signal.Signals):
+        self.number = number
+
+    def __call__(self, result: Any) -> Any:
+        os.kill(os.getpid(), self.number)
+        return result
+
+
+def test_a_second_ctrl_c_quits_at_once(arguments: dict[str, Any], tmp_path: Path) -> None:
+    first = Accident("interlace.training.trainer:supervised_loss", 5, change=Ask(signal.SIGINT))
+    twice = [first, Accident("interlace.training.durable:save_weights", 2, change=Ask(signal.SIGINT))]
+    assert finish(run_in_process(arguments, tmp_path / "log", twice)) == 130
+    assert_safe(Path(arguments["output_dir"]))
+
+
+def test_asked_to_stop_in_an_evaluation_it_does_not_finish_it(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    arguments["per_device_eval_batch_size"] = 1
+    asked = Accident("interlace.training.durable:DurableTrainer.check_stop", 1, change=Ask(signal.SIGTERM))
+    assert finish(run_in_process(arguments, tmp_path / "log", [asked])) == 143
+    assert "eval_loss" not in (tmp_path / "log").read_text()
+    assert (Path(arguments["output_dir"]) / "checkpoint-3").is_dir()
+    succeeds(arguments, tmp_path / "log")
+    assert_same_end(undisturbed, Path(arguments["output_dir"]))
+
+
+# --- several ranks ---
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tiny_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks with one micro-batch each per step: the same plan as `undisturbed`."""
+    folder = tmp_path_factory.mktemp("pair")
+    ranks = run_ranks(arguments_for(tiny_dir, data, folder / "run", gradient_accumulation_steps=1), folder / "logs", 2)
+    assert [finish(rank) for rank in ranks] == [0, 0], (folder / "logs" / "0").read_text()
+    return folder / "run"
+
+
+def assert_close_end(first: Path, second: Path) -> None:
+    one, two = logged(first), logged(second)
+    assert set(one) == set(two)
+    assert [two[step] for step in one] == pytest.approx(list(one.values()), abs=1e-6, rel=1e-6)
+
+
+def test_two_ranks_make_the_steps_of_one_dropout_and_all(undisturbed: Path, undisturbed_pair: Path) -> None:
+    assert_close_end(undisturbed, undisturbed_pair)
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "both"])
+def test_all_ranks_stop_at_one_step_whichever_was_asked(arguments: dict[str, Any], undisturbed_pair: Path, tmp_path: Path, asked: tuple[int, ...]) -> None:
+    arguments = {**arguments, "gradient_accumulation_steps": 1}
+    accidents = {rank: [Accident("interlace.training.trainer:supervised_loss", 3 + rank, change=Ask(signal.SIGTERM))] for rank in asked}
+    assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2, accidents)] == [143, 143], (tmp_path / "logs" / "0").read_text()
+    folder = Path(arguments["output_dir"])
+    assert_safe(folder)
+    assert 3 <= json.loads((folder / "checkpoint-latest" / "trainer_state.json").read_text())["global_step"] <= 5
+    assert len(list((folder / "checkpoint-latest").glob("optimizer-*-of-00002.safetensors"))) == 2
+    assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2)] == [0, 0]
+    assert_same_end(undisturbed_pair, folder)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_shares_the_same_plan(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, before: int, after: int) -> None:
+    first = {**arguments, "gradient_accumulation_steps": 2 // before}
+    stop = {0: [Accident("interlace.training.trainer:supervised_loss", 3 * 2 // before, change=Ask(signal.SIGTERM))]}
+    assert {finish(rank) for rank in run_ranks(first, tmp_path / "logs", before, stop)} == {143}
+    assert [finish(rank) for rank in run_ranks(first, tmp_path / "logs", after)] == [0] * after, (tmp_path / "logs" / "0").read_text()
+    assert f"gradient_accumulation_steps {2 // before} -> {2 // after}" in (tmp_path / "logs" / "0").read_text()
+    assert_close_end(undisturbed, Path(arguments["output_dir"]))
+
+
+def test_a_rank_that_dies_ends_the_others_with_its_name(arguments: dict[str, Any], undisturbed_pair: Path, tmp_path: Path) -> None:
+    arguments = {**arguments, "gradient_accumulation_steps": 1}
+    ranks = run_ranks(arguments, tmp_path / "logs", 2, {1: [Accident("interlace.training.trainer:supervised_loss", 6)]})
+    assert finish(ranks[1]) == -signal.SIGKILL
+    assert finish(ranks[0], 60) == 1
+    said = (tmp_path / "logs" / "0").read_text()
+    assert "rank 0 on" in said and "gone are rank 1 on" in said and "the checkpoints stand" in said and "Traceback" not in said
+    assert_safe(Path(arguments["output_dir"]))
+    assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2)] == [0, 0]
+    assert_same_end(undisturbed_pair, Path(arguments["output_dir"]))
+
+
+def test_a_broken_image_on_one_rank_ends_both_with_one_message(tiny_dir: Path, tmp_path: Path) -> None:
+    """Whole when it was checked, broken when it is opened."""
+    rows = write_rows(tmp_path / "data", 8)
+    arguments = arguments_for(tiny_dir, rows, tmp_path / "run", dataset={"train": [{"data_files": str(rows)}]}, eval_strategy="no")
+    broken = Accident("interlace.data.batch:open_images", 3, change=break_image)
+    codes = [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2, {1: [broken]})]
+    assert codes == [2, 2]
+    assert "its header was whole when the run began" in (tmp_path / "logs" / "0").read_text()
+
+
+def break_image(images: Any) -> Any:
+    from interlace.data.sample import BadRow
+
+    raise BadRow("broken_image", "pictures/1.png: cut short")
+
+
+# --- numbers ---
+
+
+class Spoil:
+    """Makes a batch's pixels, or the gradient of its log-probs, not finite."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __call__(self, result: Any) -> Any:
+        if self.what == "loss":
+            return result * float("nan")
+        result.register_hook(lambda gradient: gradient * float("inf"))
+        return result
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_on_broken_numbers_is_never_made(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, what: str) -> None:
+    broken, folder = Accident("interlace.training.trainer:supervised_loss", 10, change=Spoil(what)), Path(arguments["output_dir"])
+    assert finish(run_in_process(arguments, tmp_path / "log", [broken])) == 1
+    said = (tmp_path / "log").read_text()
+    assert f"step 5: the {what} is not finite; rows of the micro-batch: " in said and "rows.json: row" in said and "Traceback" not in said
+    assert "The weights are those of step 4" in said
+    succeeds(arguments, tmp_path / "log")  # from step 4, as if nothing had happened
+    assert_same_end(undisturbed, folder)
+    skips = {**arguments, "output_dir": str(tmp_path / "skips"), "on_non_finite": "skip"}
+    assert finish(run_in_process(skips, tmp_path / "log", [broken])) == 0
+    assert logged(tmp_path / "skips", "skipped_steps")[STEPS] == 1
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skips").values())
+    before, after = (weights(tmp_path / "skips" / "checkpoint-6"), weights(undisturbed / "checkpoint-6"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    arguments = arguments_for(tiny_dir, data, tmp_path / "run", save_steps=1, save_total_limit=None, max_steps=3, on_non_finite="skip")
+    broken = Accident("interlace.training.trainer:supervised_loss", 3, change=Spoil("gradient"))
+    assert finish(run_in_process(arguments, tmp_path / "log", [broken])) == 0
+    first, second, third = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(second[name], third[name]) for name in first)
+
+
+def test_a_nan_on_one_rank_stops_both_at_the_same_step(arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {**arguments, "gradient_accumulation_steps": 1}
+    broken = Accident("interlace.training.trainer:supervised_loss", 5, change=Spoil("loss"))
+    assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2, {1: [broken]})] == [1, 1]
+    assert "step 5: the loss is not finite" in (tmp_path / "logs" / "0").read_text()
+    assert all(tensor.isfinite().all() for tensor in weights(Path(arguments["output_dir"]) / "checkpoint-4").values())
+
+
+# --- what may change between runs ---
+
+
+def resumed(arguments: dict[str, Any], undisturbed: Path, **changes: Any) -> dict[str, Any]:
+    """Arguments that go on from a copy of step 6 of the undisturbed run."""
+    folder = Path(arguments["output_dir"])
+    if not folder.exists():
+        folder.mkdir()
+        shutil.copytree(undisturbed / "checkpoint-6", folder / "checkpoint-6")
+        for name in ("arguments.json", "ledger.json"):
+            shutil.copy(undisturbed / name, folder)
+    return {**arguments, **changes}
+
+
+@pytest.mark.parametrize("change", ["dropped", "reordered", "edited"])
+def test_changed_rows_are_refused_unless_the_user_accepts_them(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, change: str) -> None:
+    rows = write_rows(tmp_path / "data", 24)
+    values = json.loads(rows.read_text())
+    changed = {"dropped": values[:-1], "reordered": values[::-1], "edited": [*values[:-1], {**values[-1], "conversations": values[0]["conversations"]}]}[change]
+    if change == "edited":
+        changed[-1].pop("image", None)
+    rows.write_text(json.dumps(changed))
+    arguments = resumed(arguments, undisturbed, dataset={**arguments["dataset"], "train": [{"data_files": str(rows)}]})
+    with pytest.raises(InputError, match="not those that the run began with"):
+        finetune(arguments)
+    finetune({**arguments, "accept_data_change": True})
+
+
+def test_the_same_rows_in_another_folder_are_the_same_rows(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "moved", 24)
+    finetune(resumed(arguments, undisturbed, dataset={"train": [{"data_files": str(rows)}]}, eval_strategy="no"))
+    assert_same_end(undisturbed, Path(arguments["output_dir"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seed": 7}, "seed: was 42, is 7"),
+        ({"lora_rank": 8}, "lora_rank: was 4, is 8"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 1 with 1 processes"),
+        ({"max_length": 100}, "max_length: was 4096, is 100"),
+    ],
+)
+def test_settings_that_decide_the_training_are_refused(arguments: dict[str, Any], undisturbed: Path, change: dict[str, Any], expected: str) -> None:
+    arguments = resumed(arguments, undisturbed, **change)
+    before = {path: path.stat().st_mtime_ns for path in Path(arguments["output_dir"]).rglob("*")}
+    with pytest.raises(InputError, match=expected):
+        finetune(arguments)
+    assert {path: path.stat().st_mtime_ns for path in Path(arguments["output_dir"]).rglob("*")} == before
+
+
+def test_another_learning_rate_is_said_and_taken(arguments: dict[str, Any], undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune(resumed(arguments, undisturbed, learning_rate=5e-3, eval_strategy="no"))
+    assert "learning_rate: was 0.01, is 0.005" in capsys.readouterr().out
+    before, after = logged(undisturbed, "learning_rate"), logged(Path(arguments["output_dir"]), "learning_rate")
+    assert after[7] == pytest.approx(before[7] / 2)
+    assert after[6] == before[6]
+
+
+def test_going_back_sets_the_newer_checkpoints_aside(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    """A run that was taken back to step 6 never resumes from step 8 of before."""
+    folder = Path(arguments["output_dir"])
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    back = {**arguments, "resume_from_checkpoint": str(folder / "checkpoint-6"), "learning_rate": 5e-3}
+    killed = Accident("interlace.training.trainer:supervised_loss", 2)
+    assert finish(run_in_process(back, tmp_path / "log", [killed])) == -signal.SIGKILL
+    assert (folder / f"superseded-checkpoint-{STEPS}").is_dir()
+    found = find_checkpoint(folder, arguments, print)
+    assert found is not None
+    assert found.step == 6
+    succeeds({**arguments, "learning_rate": 5e-3}, tmp_path / "log")
+    assert logged(folder, "learning_rate")[7] == pytest.approx(logged(undisturbed, "learning_rate")[7] / 2)
+
+
+def test_more_ranks_than_a_step_has_micro_batches_are_refused(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    arguments = resumed(arguments, undisturbed, gradient_accumulation_steps=1)
+    assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 3)] == [2, 2, 2]
+    assert "a step of this run has 2 micro-batches, which 3 processes cannot share evenly" in (tmp_path / "logs" / "0").read_text()
