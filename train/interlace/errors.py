@@ -3,8 +3,12 @@
 import atexit
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
+
+from interlace.redaction import readable
 
 
 class InputError(ValueError):
@@ -14,12 +18,13 @@ class InputError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 1 anything else."""
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other about their next versions
+    sys.excepthook = _print_traceback
     code = 0
     try:
         main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {readable(str(error))}", file=sys.stderr)
         code = 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # the threads of a process group abort the interpreter's shutdown now and then, and a run that is done would seem to have failed
@@ -28,3 +33,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody caught, without the secrets that a library's message may repeat."""
+    sys.stderr.write(readable("".join(traceback.format_exception(kind, error, trace))))

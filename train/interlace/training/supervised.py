@@ -9,7 +9,7 @@ import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 
-from interlace.arguments import Arguments, is_main_process, list_value, without_secrets
+from interlace.arguments import Arguments, is_main_process, list_value
 from interlace.data.dataset import Rows, default_cache_dir, describe_formats, load_rows
 from interlace.data.download import UrlPolicy, hosts
 from interlace.data.ledger import Ledger
@@ -20,8 +20,9 @@ from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.redaction import without_secrets
 from interlace.training.checkpoint import check_output_dir, check_resume, clear_run, find_resume, finished_steps
-from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
+from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
 
 
@@ -53,8 +54,7 @@ def finetune(arguments: Arguments) -> None:
     tuned = load_tuned_model(path, arguments, args)
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
-    tracker = ArgumentsToTracker(without_secrets(arguments))
-    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, tracker, int(total_steps))
+    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), int(total_steps))
     if args.process_index == 0:
         prepare_output(output_dir, arguments, ledger)
     own = arguments["vision_gradient_checkpointing"]
@@ -77,7 +77,7 @@ def build_trainer(
     train: PlannedRows,
     evaluation: PlannedRows | None,
     rates: dict[str, float | None],
-    tracker: ArgumentsToTracker,
+    record: Arguments,
     total_steps: int,
 ) -> PackedTrainer:
     """The trainer with its optimizer; the schedule is tried out, so that all that can be wrong with the arguments is wrong before the first write.
@@ -86,7 +86,7 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, guarded_trackers(args, record))
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}
