@@ -92,30 +92,31 @@ def row_flops(rows: Rows, costs: StepCosts) -> list[float]:
     return [costs.total(shape).executed for shape in shapes]
 
 
-def busy_share(plan: Plan, flops: list[float]) -> float:
-    """Mean over max of the ranks' FLOPs between two synchronisations, over an epoch: 1 is perfect. Each rank's share is asked of the plan itself."""
-    per_rank = np.array([[sum(flops[max(row, ~row)] for row in batch) for batch in plan.share(0, rank)] for rank in range(plan.world_size)])
-    per_step = per_rank.reshape(plan.world_size, -1, plan.accumulation).sum(2)
+def shares(plan: Plan) -> list[list[MicroBatch]]:
+    """Every rank's micro-batches of the epoch, as the plan hands them out."""
+    return [plan.share(0, rank) for rank in range(plan.world_size)]
+
+
+def busy_share(dealt: list[list[MicroBatch]], costs: list[float], accumulation: int) -> float:
+    """Mean over max of the ranks' work between two synchronisations, over an epoch: 1 is perfect."""
+    per_rank = np.array([[sum(costs[max(row, ~row)] for row in batch) for batch in mine] for mine in dealt])
+    per_step = per_rank.reshape(len(dealt), -1, accumulation).sum(2)
     return float(per_step.mean(0).sum() / per_step.max(0).sum())
 
 
-def balance_lines(rows: Rows, models: dict[str, Model], rows_per_batch: int, accumulation: int) -> list[str]:
-    """One line per number of ranks."""
-    budget, lines = token_budget(rows.lengths, rows_per_batch, None), []
+def balance_lines(rows: Rows, flops: list[list[float]], rows_per_batch: int, accumulation: int) -> list[str]:
+    """One line per number of ranks; `flops` of each row, for each model."""
+    budget, lines, tokens = token_budget(rows.lengths, rows_per_batch, None), [], [float(length) for length in rows.lengths]
     for world in RANKS:
-
-        def plan(costs: list[float] | list[int], world: int = world) -> KeptPlan:
-            return KeptPlan(rows.lengths, costs, budget, None, 1, 0, world, accumulation)
-
-        by_length = plan(rows.lengths)
-        batches = [batch for step in by_length.steps(0) for batch in step]
+        plan = KeptPlan(rows.lengths, tokens, budget, None, 1, 0, world, accumulation)
+        dealt, batches = shares(plan), [batch for step in plan.steps(0) for batch in step]
         fillers = sum(all(row < 0 for row in batch) for batch in batches)
+        cells = [f"{busy_share(dealt, tokens, accumulation):.1%}"]
+        for costs in flops:
+            plan.costs = costs  # the same steps, dealt by other costs
+            cells += [f"{busy_share(dealt, costs, accumulation):.1%}", f"{busy_share(shares(plan), costs, accumulation):.1%}"]
         used = sum(rows.lengths) / (len(batches) * budget)
-        cells = [f"{busy_share(by_length, [float(length) for length in rows.lengths]):.1%}"]
-        for model in models.values():
-            flops = row_flops(rows, model.costs)
-            cells += [f"{busy_share(by_length, flops):.1%}", f"{busy_share(plan(flops), flops):.1%}"]
-        lines.append(f"| {world} | {accumulation} | {by_length.steps_per_epoch:,} | {used:.1%} | {fillers / len(batches):.2%} | {' | '.join(cells)} |")
+        lines.append(f"| {world} | {accumulation} | {plan.steps_per_epoch:,} | {used:.1%} | {fillers / len(batches):.2%} | {' | '.join(cells)} |")
     return lines
 
 
@@ -145,7 +146,7 @@ def volume_lines(models: dict[str, Model]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--rows-per-batch", type=int, default=8, help="per_device_train_batch_size")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -153,7 +154,8 @@ def main() -> None:
     lora = Lora(16, 32, 0.0, None)
     full = {"0.5B, full": make_model(config_05b(), None), "7B, full": make_model(config_7b(), None)}
     models = {**full, "0.5B, LoRA 16": make_model(config_05b(), lora), "7B, LoRA 16": make_model(config_7b(), lora)}
-    balance = balance_lines(rows, full, options.rows_per_batch, 1) + balance_lines(rows, full, options.rows_per_batch, 4)
+    flops = [row_flops(rows, model.costs) for model in full.values()]
+    balance = balance_lines(rows, flops, options.rows_per_batch, 1) + balance_lines(rows, flops, options.rows_per_batch, 4)
     budget = token_budget(rows.lengths, options.rows_per_batch, None)
     lines = [
         f"# Scaling by simulation, 8 to 512 ranks; torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}",
