@@ -13,8 +13,9 @@ import pytest
 
 from interlace import argument_schema
 from interlace.argument_help import HUGGING_FACE_KEYS, REFUSED, RENAMED
-from interlace.arguments import SCHEMA_PATH, read_command_line, without_secrets
+from interlace.arguments import SCHEMA_PATH, read_command_line
 from interlace.errors import InputError
+from interlace.redaction import without_secrets
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads(SCHEMA_PATH.read_text())

@@ -5,8 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-from interlace.arguments import read_command_line, split_words, without_secrets
+from interlace.arguments import read_command_line, split_words
 from interlace.errors import InputError, run_script
+from interlace.redaction import without_secrets
 
 OPTIONS = {
     "json": "Write the forecast as JSON to this file.",

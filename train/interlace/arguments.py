@@ -1,7 +1,6 @@
 """Strict arguments: one flat JSON file plus `--key value` overrides, checked against `argument_schema.json` before any heavy import."""
 
 import difflib
-import fnmatch
 import json
 import math
 import os
@@ -12,9 +11,9 @@ from typing import Any
 
 from interlace.argument_help import REFUSED, RENAMED
 from interlace.errors import InputError
+from interlace.redaction import SECRET_NAME
 
 SCHEMA_PATH = Path(__file__).with_name("argument_schema.json")
-SECRET_KEYS = ("*token", "*password*", "*secret*", "*api_key*")
 Arguments = dict[str, Any]
 
 
@@ -147,7 +146,8 @@ def check_value(name: str, value: Any, spec: Mapping[str, Any]) -> list[str]:
     actual = json_type(value)
     if actual not in types and not (actual == "integer" and "number" in types):
         hint = f"; write {value} without quotes" if actual == "string" and _reads_as(value, types) else ""
-        return [f"{name}: expected {' or '.join(types)}, got {actual} {json.dumps(value, ensure_ascii=False)}{hint}"]
+        shown = "" if SECRET_NAME.search(name) else f" {json.dumps(value, ensure_ascii=False)}{hint}"
+        return [f"{name}: expected {' or '.join(types)}, got {actual}{shown}"]
     if "enum" in spec and value not in spec["enum"] and not (actual == "string" and "string" not in types):
         choices = [choice for choice in spec["enum"] if choice is not None]
         return [f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}{did_you_mean(str(value), map(str, choices))}"]
@@ -239,11 +239,6 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
 def list_value(value: str | list[str]) -> list[str]:
     """A list, or a comma-separated string, as a list."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else list(value)
-
-
-def without_secrets(arguments: Arguments) -> Arguments:
-    """The arguments as they may be written down: tokens and passwords left out."""
-    return {name: value for name, value in arguments.items() if not any(fnmatch.fnmatch(name, glob) for glob in SECRET_KEYS)}
 
 
 def is_main_process() -> bool:

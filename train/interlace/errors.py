@@ -3,8 +3,12 @@
 import atexit
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
+
+from interlace.redaction import readable
 
 
 class InputError(ValueError):
@@ -26,12 +30,13 @@ class Stopped(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 143 stopped and saved; 1 anything else."""
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other about their next versions
+    sys.excepthook = _print_traceback
     code = 0
     try:
         main()
     except (InputError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {readable(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -44,3 +49,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody caught, without the secrets that a library's message may repeat."""
+    sys.stderr.write(readable("".join(traceback.format_exception(kind, error, trace))))

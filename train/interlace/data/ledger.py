@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from interlace.redaction import readable
+
 Status = Literal["trained", "shortened", "skipped"]
 
 
@@ -54,6 +56,7 @@ class Ledger:
         with scratch.open("w", encoding="utf-8") as file:
             file.write("{" + "".join(f"\n {json.dumps(name)}: {count}," for name, count in counts.items()) + '\n "entries": [')
             for number, entry in enumerate(self.entries):
-                file.write(f"{',' if number else ''}\n  {json.dumps(asdict(entry), ensure_ascii=False)}")
+                text = json.dumps(asdict(entry), ensure_ascii=False)
+                file.write(f"{',' if number else ''}\n  {readable(text) if '://' in text else text}")
             file.write("\n ]\n}\n")
         scratch.replace(path)

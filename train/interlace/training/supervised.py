@@ -10,7 +10,7 @@ import transformers
 from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 
-from interlace.arguments import Arguments, is_main_process, list_value, without_secrets
+from interlace.arguments import Arguments, is_main_process, list_value
 from interlace.data.dataset import Rows, default_cache_dir, describe_formats, load_rows
 from interlace.data.download import UrlPolicy, hosts
 from interlace.data.ledger import Ledger
@@ -21,13 +21,14 @@ from interlace.data.sources import read_entries
 from interlace.errors import InputError, Stopped
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
 from interlace.training.durable import Survival
 from interlace.training.ranks import Ranks
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.sharding import start_processes
 from interlace.training.stopping import StopSignals
-from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
+from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
 from interlace.training.watch import Watch
 from interlace.training.weights import load_weights
@@ -71,12 +72,11 @@ def finetune(arguments: Arguments) -> None:
         load_weights(tuned, checkpoint.folder)
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
-    tracker = ArgumentsToTracker(without_secrets(arguments))
     about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation}
     signals, watch = StopSignals(), Watch(ranks, arguments["ddp_timeout"] / 2)
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
-    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, tracker, survival, int(total_steps))
+    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))
     saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
@@ -113,7 +113,7 @@ def build_trainer(
     train: PlannedRows,
     evaluation: PlannedRows | None,
     rates: dict[str, float | None],
-    tracker: ArgumentsToTracker,
+    record: Arguments,
     survival: Survival,
     total_steps: int,
 ) -> PackedTrainer:
@@ -123,7 +123,7 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker], survival)
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, guarded_trackers(args, record), survival)
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}

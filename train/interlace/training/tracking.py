@@ -1,11 +1,13 @@
 """What a run shows and leaves behind: the progress bar, the trackers' copy of the arguments, curves, the final table."""
 
+import copy
 import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import matplotlib
 import torch
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+
+from interlace.errors import InputError
+from interlace.redaction import SECRET_NAME, readable, without_secrets
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -53,19 +59,63 @@ SHOWN = (
 )
 
 
-class ArgumentsToTracker(TrainerCallback):
-    """Adds the resolved arguments to an open W&B run; Hugging Face's callback knows only its own."""
+class GuardedTracker(TrainerCallback):
+    """Passes the Trainer's events on to a tracker, with arguments that hold no secret. A tracker that raises is left out for the rest of the run.
 
-    def __init__(self, arguments: Mapping[str, Any]):
-        self.arguments = dict(arguments)
+    Args:
+        tracker: a callback of `report_to`.
+    """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Updates the run's configuration."""
-        if state.is_world_process_zero and "wandb" in (args.report_to or []):
-            import wandb
+    def __init__(self, tracker: TrainerCallback):
+        self.tracker: TrainerCallback | None = tracker
 
-            if wandb.run is not None:
-                wandb.run.config.update({"interlace": self.arguments}, allow_val_change=True)
+    def _pass_on(self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if self.tracker is None:
+            return
+        shown = copy.copy(args)
+        for name, value in vars(args).items():
+            if isinstance(value, str | list | dict):
+                setattr(shown, name, None if SECRET_NAME.search(name) else without_secrets(value))
+        try:
+            getattr(self.tracker, event)(shown, state, control, **more)
+        except Exception as error:  # noqa: BLE001 whatever a tracker's code raises, it must not end the run
+            name, self.tracker = type(self.tracker).__name__.removesuffix("Callback").removesuffix("Tracker"), None
+            reason = readable(f"{type(error).__name__}: {error}".splitlines()[0])
+            tqdm.write(f"{name} failed at step {state.global_step} and is left out for the rest of the run: {reason}")
+
+    on_init_end = partialmethod(_pass_on, "on_init_end")
+    on_train_begin = partialmethod(_pass_on, "on_train_begin")
+    on_step_end = partialmethod(_pass_on, "on_step_end")
+    on_log = partialmethod(_pass_on, "on_log")
+    on_evaluate = partialmethod(_pass_on, "on_evaluate")
+    on_predict = partialmethod(_pass_on, "on_predict")
+    on_save = partialmethod(_pass_on, "on_save")
+    on_push_begin = partialmethod(_pass_on, "on_push_begin")
+    on_train_end = partialmethod(_pass_on, "on_train_end")
+
+
+def guarded_trackers(args: TrainingArguments, record: Mapping[str, Any]) -> list[TrainerCallback]:
+    """The trackers that `report_to` names, and takes them out of `args`, so that the Trainer adds none of its own.
+
+    Args:
+        record: the resolved arguments without secrets, for a tracker that keeps them.
+
+    Raises:
+        InputError: a tracker that is not known or not installed.
+    """
+    try:
+        kinds = get_reporting_integration_callbacks(args.report_to)
+        trackers = [_wandb_tracker(record) if kind is WandbCallback else kind() for kind in kinds]
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"report_to: {error}") from error
+    args.report_to = []
+    return [GuardedTracker(tracker) for tracker in trackers]
+
+
+def _wandb_tracker(record: Mapping[str, Any]) -> TrainerCallback:
+    from interlace.training.weights_and_biases import WandbTracker  # imports wandb, which other runs need not wait for
+
+    return WandbTracker(record)
 
 
 def _number(value: float) -> str:

@@ -23,6 +23,7 @@ from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
 from interlace.training.durable import DurableTrainer, Survival
+from interlace.training.spikes import LossRecord, report_spikes
 from interlace.training.stopping import leave_signals_to_parent
 from interlace.training.tracking import ProgressBar
 
@@ -67,6 +68,7 @@ class PackedTrainer(DurableTrainer):
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
+        self._losses = LossRecord(survival.ranks.rank)
         self._epoch = 0
         self._last_log = time.perf_counter()
         self._waited_seconds = 0.0  # for data
@@ -134,6 +136,7 @@ class PackedTrainer(DurableTrainer):
         counted = inputs.weights > 0
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
         self._counts[2:] += torch.tensor([inputs.num_tokens, inputs.num_images])
+        self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights, inputs.sequence_index, inputs.row_numbers)
         loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
         self._in_step.append((loss.detach(), inputs.row_numbers))
         return loss * self.accelerator.num_processes
@@ -155,7 +158,12 @@ class PackedTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
-            supervised, right, tokens, images, waited = self.survival.ranks.sum([*self._counts.tolist(), self._waited_seconds])
+            spikes, ranks = self._losses.look(self.train_rows.rows), self.survival.ranks
+            supervised, right, tokens, images, waited, num_spikes = ranks.sum([*self._counts.tolist(), self._waited_seconds, len(spikes)])
+            if num_spikes:
+                found = [spike for of_rank in ranks.gather(spikes) for spike in of_rank]
+                if ranks.is_main:
+                    report_spikes(found, self.survival.saver.output_dir / "loss_spikes.jsonl")
             seconds = time.perf_counter() - self._last_log - self._paused_seconds
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
