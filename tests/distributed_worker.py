@@ -1,0 +1,100 @@
+"""What the processes of `test_distributed.py` run: each case through the real trainer, its outcome written to a file by rank 0.
+
+    torchrun --nproc_per_node 2 -m tests.distributed_worker CASES.json RESULTS
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from transformers import TrainerCallback
+
+from interlace.data.packing import MicroBatch, Plan
+from interlace.model.loading import resolve_model_path
+from interlace.training import supervised
+from interlace.training.fragments import full_parameters
+from interlace.training.trainer import PackedTrainer, PlannedRows
+
+
+class GivenPlan(Plan):
+    """Steps as they are given: of each optimizer step, each rank's micro-batches in order."""
+
+    def __init__(self, steps: list[list[list[MicroBatch]]]):
+        self.given, self.world_size, self.accumulation = steps, len(steps[0]), len(steps[0][0])
+        self.batches_per_epoch = len(steps) * self.world_size * self.accumulation
+
+    def share(self, epoch: int, rank: int) -> list[MicroBatch]:
+        return [batch for step in self.given for batch in step[rank]]
+
+
+class Losses(TrainerCallback):
+    """Every logged loss."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.values += [logs["loss"]] if logs and "loss" in logs else []
+
+
+def build(case: dict[str, Any]) -> PackedTrainer:
+    arguments = case["arguments"]
+    args = supervised.training_arguments(arguments)
+    path = resolve_model_path(arguments["model_name_or_path"])
+    processing = supervised.processing_of(path, arguments)
+    reader = supervised.row_reader(arguments, processing)
+    rows, _ = supervised.load_rows(supervised.read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, False)
+    tuned = supervised.load_tuned_model(path, arguments, args)
+    for name, parameter in tuned.packed.named_parameters():
+        if "lora_B" in name:  # starts at zero: an adapter that does nothing proves nothing
+            parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+    train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else supervised.training_plan(rows, arguments, args))
+    evaluation = supervised.evaluation_rows(arguments, reader, args)
+    trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses()])
+    trainer.create_optimizer()
+    return trainer
+
+
+def run(case: dict[str, Any], results: Path) -> None:
+    trainer = build(case)
+    trainer.train()
+    engine = trainer.model_wrapped
+    stage = engine.zero_optimization_stage() if case["arguments"]["deepspeed"] else None
+    weights = {name: value.float().clone() for name, value in full_parameters(engine, frozen=True) if value is not None}
+    if distributed.get_rank() == 0:
+        losses = next(callback.values for callback in trainer.callback_handler.callbacks if isinstance(callback, Losses))
+        metrics = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        save_file(weights, results / f"{case['name']}.safetensors")
+        norms = [entry.get("grad_norm") for entry in trainer.state.log_history if "loss" in entry]
+        outcome = {"engine": type(engine).__name__, "stage": stage, "losses": losses, "eval": metrics, "norms": norms}
+        (results / f"{case['name']}.json").write_text(json.dumps(outcome))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    environment = dict(os.environ)
+    for case in cases:
+        run(case, results)
+        gc.collect()
+        for name in set(os.environ) - set(environment):  # accelerate leaves word of the engine there
+            del os.environ[name]
+    (results / f"done{os.environ['RANK']}").touch()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # a process group's threads abort the interpreter's own shutdown now and then

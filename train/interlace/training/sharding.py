@@ -1,0 +1,87 @@
+"""Several processes that share a model's weights, gradients and optimizer state: DeepSpeed's ZeRO (arXiv 1910.02054) and FSDP2."""
+
+import datetime
+import importlib.util
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from interlace.arguments import read_json
+from interlace.errors import InputError
+from interlace.model.tuning import TunedModel
+from interlace.sharding_arguments import deepspeed_path
+
+# What a configuration leaves out is taken from the arguments, too: DeepSpeed's own defaults are other ones (no clipping, no bf16)
+FROM_ARGUMENTS = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}
+
+
+def num_processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def deepspeed_settings(value: str, optim: str) -> dict[str, Any]:
+    """The DeepSpeed configuration that the `deepspeed` key means, for `TrainingArguments`: what it leaves open is "auto".
+
+    Raises:
+        InputError: the package or the file is missing.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError('deepspeed: the package is not installed: pip install -e ".[deepspeed]"')
+    config: dict[str, Any] = {**FROM_ARGUMENTS, **read_json(deepspeed_path(value), [])}
+    if not optim.startswith("adamw_torch"):
+        # accelerate would put DeepSpeed's Adam in the place of any optimizer whose state is offloaded, without a word
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def start_processes(values: Mapping[str, Any]) -> None:
+    """Joins the processes into a group where Hugging Face would do so too late, or without `ddp_timeout`: on CPUs, and in DeepSpeed's own way.
+
+    Args:
+        values: of `TrainingArguments`.
+
+    Raises:
+        InputError: FSDP with a single process.
+    """
+    timeout = datetime.timedelta(seconds=values["ddp_timeout"])
+    if values["fsdp"] and num_processes() == 1:
+        raise InputError("fsdp needs several processes: torchrun --nproc_per_node 8 train/...")
+    if values["deepspeed"] and "RANK" not in os.environ:  # no launcher: a group of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if values["deepspeed"]:
+        import deepspeed
+
+        if values["use_cpu"]:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed.init_distributed(dist_backend="gloo" if values["use_cpu"] else None, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    elif values["use_cpu"] and num_processes() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(values["ddp_backend"] or "gloo", timeout=timeout)
+
+
+def load_whole() -> None:
+    """Lets models be loaded whole, on the CPU, where the processes of a machine share the files' pages; the engine takes its slices from there.
+
+    Hugging Face would build them in slices as soon as it has seen a configuration of stage 3, tower and all.
+    """
+    unset_hf_deepspeed_config()
+
+
+def float32_weights(tuned: TunedModel) -> dict[str, torch.Tensor]:
+    """The values of what learns and is float32 on the CPU, before an engine rounds it to 16 bits."""
+    return {name: parameter.data for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad and parameter.dtype == torch.float32}
+
