@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import TrainerCallback
 
 from interlace.data.packing import MicroBatch, Plan
 from interlace.model.loading import resolve_model_path
 from interlace.training import supervised
-from interlace.training.fragments import full_parameters
+from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.trainer import PackedTrainer, PlannedRows
 
 
@@ -44,6 +44,49 @@ class Losses(TrainerCallback):
         self.values += [logs["loss"]] if logs and "loss" in logs else []
 
 
+class Keeper(TrainerCallback):
+    """Puts stored state into the engine before the first step, and stores it after step `step`."""
+
+    def __init__(self, case: dict[str, Any]):
+        self.source, self.target, self.step, self.trainer = case.get("restore"), case.get("store"), case.get("store_at"), None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.source:
+            read, shapes, scalars = stored(Path(self.source))
+            restore_fragments(self.trainer.model_wrapped, self.trainer.optimizer, read, shapes, scalars)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            store(self.trainer.model_wrapped, self.trainer.optimizer, Path(self.target))
+
+
+def store(engine: Any, optimizer: Any, folder: Path) -> None:
+    """Each rank's fragments in a file of its own."""
+    fragments, scalars = local_fragments(engine, optimizer)
+    rank = distributed.get_rank()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({str(i): fragment.values.clone() for i, fragment in enumerate(fragments)}, folder / f"{rank}.safetensors")
+    entries = [(fragment.name, fragment.key, fragment.start, fragment.shape) for fragment in fragments]
+    (folder / f"{rank}.json").write_text(json.dumps({"entries": entries, "scalars": scalars}))
+    distributed.barrier()
+
+
+def stored(folder: Path) -> tuple[Any, dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """`read`, `shapes` and `scalars` of what `store` wrote; every element must have been written exactly once."""
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    written: dict[tuple[str, str], torch.Tensor] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    for path in folder.glob("*.json"):
+        found, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+        for number, (name, key, start, shape) in enumerate(found["entries"]):
+            values, size = tensors[str(number)], torch.Size(shape).numel()
+            shapes.setdefault(name, {})[key] = shape
+            whole.setdefault((name, key), torch.zeros(size, dtype=values.dtype))[start : start + len(values)] = values
+            written.setdefault((name, key), torch.zeros(size))[start : start + len(values)] += 1
+    assert all((count == 1).all() for count in written.values())
+    return (lambda name, key, start, length: whole[name, key][start : start + length]), shapes, found["scalars"]
+
+
 def build(case: dict[str, Any]) -> PackedTrainer:
     arguments = case["arguments"]
     args = supervised.training_arguments(arguments)
@@ -57,7 +100,9 @@ def build(case: dict[str, Any]) -> PackedTrainer:
             parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
     train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else supervised.training_plan(rows, arguments, args))
     evaluation = supervised.evaluation_rows(arguments, reader, args)
-    trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses()])
+    keeper = Keeper(case)
+    trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper])
+    keeper.trainer = trainer
     trainer.create_optimizer()
     return trainer
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -60,7 +61,7 @@ def local_fragments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     Returns:
         The fragments, and the optimizer's numbers per parameter: `{name: {"step": 5.0}}`, on all ranks.
     """
-    state, fragments, scalars = _state(model, optimizer), [], {}
+    state, fragments, scalars = _inner(model, optimizer).state, [], {}
     whole = not _is_deepspeed(model) and distributed.is_initialized() and distributed.get_rank() > 0
     for run in _runs(model):
         values = state.get(run.stepped, {})
@@ -100,7 +101,7 @@ def restore_fragments(
         ValueError: the optimizer keeps other state than what is stored.
     """
     _create_state(model, optimizer)
-    state = _state(model, optimizer)
+    state = _inner(model, optimizer).state
     for run in _runs(model):
         stored, values, numbers = shapes.get(run.name, {}), state.get(run.stepped, {}), scalars.get(run.name, {})
         kept = {key for key, value in values.items() if isinstance(value, torch.Tensor) or _is_number(value)}
@@ -153,9 +154,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if _is_deepspeed(model) or isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Tensor that is stepped -> its state."""
-    return model.optimizer.optimizer.state if _is_deepspeed(model) else optimizer.state  # type: ignore[union-attr]
+def _inner(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, without what engines wrap around it."""
+    if _is_deepspeed(model):
+        return model.optimizer.optimizer  # type: ignore[union-attr, return-value]
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _runs(model: nn.Module) -> Iterator[_Run]:
@@ -197,7 +200,7 @@ def _offset(parameter: DTensor) -> int:
 def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Lets the optimizer make its state tensors, which it does in its first step: one of no gradient at no learning rate, so that no weight moves."""
     zero: Any = model.optimizer if _is_deepspeed(model) else None
-    inner = zero.optimizer if zero is not None else optimizer
+    inner = _inner(model, optimizer)
     if inner.state:
         return
     rates = [(group["lr"], group.get("weight_decay", 0.0)) for group in inner.param_groups]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from interlace.arguments import read_json
@@ -73,11 +75,17 @@ def start_processes(values: Mapping[str, Any]) -> None:
         torch.distributed.init_process_group(values["ddp_backend"] or "gloo", timeout=timeout)
 
 
-def load_whole() -> None:
-    """Lets models be loaded whole, on the CPU, where the processes of a machine share the files' pages; the engine takes its slices from there.
+def settle(args: TrainingArguments) -> None:
+    """What Hugging Face's arguments leave behind, put right.
+
+    FSDP works on CPUs, but accelerate shares weights only between what it takes for GPUs, and trains with DDP otherwise, without a word.
+
+    Models are loaded whole, on the CPU, where the processes of a machine share the files' pages; the engine takes its slices from there.
 
     Hugging Face would build them in slices as soon as it has seen a configuration of stage 3, tower and all.
     """
+    if args.fsdp and args.use_cpu:
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU  # type: ignore[union-attr]
     unset_hf_deepspeed_config()
 
 

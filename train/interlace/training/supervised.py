@@ -21,7 +21,7 @@ from interlace.errors import InputError
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.training.checkpoint import check_output_dir, check_resume, clear_run, find_resume, finished_steps
-from interlace.training.sharding import deepspeed_settings, load_whole, start_processes
+from interlace.training.sharding import deepspeed_settings, settle, start_processes
 from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
 
@@ -131,7 +131,7 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
         args = TrainingArguments(**values)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"the arguments do not go together: {error}") from error
-    load_whole()
+    settle(args)
     if args.n_gpu > 1:
         say(f"{args.n_gpu} GPUs, one process: training on the first; use all with torchrun --nproc_per_node {args.n_gpu} train/supervised_finetune.py ...")
         args._n_gpu = 1  # the Trainer would split packed batches over them
