@@ -53,9 +53,15 @@ def engine_arguments(engine: str, folder: Path) -> dict[str, Any]:
         return {}
     if engine == "fsdp2":
         return {"fsdp": True}
-    zero = {"stage": int(engine[-1]), "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
+    zero: dict[str, Any] = {"stage": int(engine[4]), "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
     if zero["stage"] == 3:  # some weights stay whole, most do not
         zero |= {"stage3_param_persistence_threshold": 40, "stage3_prefetch_bucket_size": 5000, "stage3_max_live_parameters": 5000, "sub_group_size": 9000}
+    if engine.endswith("offload"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+        zero |= {"offload_param": {"device": "cpu"}} if zero["stage"] == 3 else {}
+    if engine.endswith("nvme"):
+        del zero["sub_group_size"]
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": str(folder / "nvme")}
     path = folder / f"{engine}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return {"deepspeed": str(path)}

@@ -5,6 +5,7 @@ of such runs goes on with any number of ranks and under any engine.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ Scalars = dict[str, dict[str, float]]
 class Fragment:
     """Elements start, start + 1, .. of a flattened tensor, as far as this rank keeps them.
 
-    name: of the parameter, in `TunedModel.packed`. key: `WEIGHT`, or the optimizer's ("exp_avg", ..). values: 1-D, not copied. shape: of the whole tensor;
+    name: of the parameter, in `TunedModel.packed`. key: `WEIGHT`, or the optimizer's ("exp_avg", ..). values: 1-D; a copy only of what was on a disk. shape: of the whole tensor;
     the parameter's, or its own where an optimizer keeps something else.
     """
 
@@ -48,7 +49,7 @@ class _Run:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This run's elements of `stepped`, or of state that is shaped like it; 1-D, a view."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return local.detach().reshape(-1)[self.offset : self.offset + self.length]
+        return local.detach().view(-1)[self.offset : self.offset + self.length]
 
 
 def local_fragments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[Fragment], Scalars]:
@@ -62,6 +63,7 @@ def local_fragments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
         The fragments, and the optimizer's numbers per parameter: `{name: {"step": 5.0}}`, on all ranks.
     """
     state, fragments, scalars = _inner(model, optimizer).state, [], {}
+    kept = torch.clone if _is_deepspeed(model) and _swaps(model.optimizer) else torch.Tensor.detach  # what was on a disk is gone at the next run
     whole = not _is_deepspeed(model) and distributed.is_initialized() and distributed.get_rank() > 0
     for run in _runs(model):
         values = state.get(run.stepped, {})
@@ -69,12 +71,12 @@ def local_fragments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
         if whole and not isinstance(run.stepped, DTensor):
             continue  # rank 0 speaks for all
         if run.length:
-            fragments.append(Fragment(run.name, WEIGHT, run.start, run.of(run.stepped), run.shape))
+            fragments.append(Fragment(run.name, WEIGHT, run.start, kept(run.of(run.stepped)), run.shape))
         for key, value in values.items():
             if _is_number(value) or not isinstance(value, torch.Tensor):
                 continue
             if value.shape == run.stepped.shape:
-                fragments += [Fragment(run.name, key, run.start, run.of(value), run.shape)] if run.length else []
+                fragments += [Fragment(run.name, key, run.start, kept(run.of(value)), run.shape)] if run.length else []
             else:  # 8-bit blocks, factored rows: only where every rank keeps whole parameters
                 assert run.stepped.shape == run.shape and not isinstance(run.stepped, DTensor), f"{run.name}: {key} is not shaped like the slice"
                 fragments.append(Fragment(run.name, key, 0, value.detach().reshape(-1), tuple(value.shape)))
@@ -120,7 +122,7 @@ def restore_fragments(
 
 @torch.no_grad()
 def full_parameters(model: nn.Module, frozen: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(name, value) of every parameter that learns, one at a time, in the order of `named_parameters`; all ranks take part in the iteration.
+    """(name, value) of every parameter that learns, one at a time; all ranks take part, and must go on to the end.
 
     Args:
         model: as for `local_fragments`.
@@ -130,16 +132,17 @@ def full_parameters(model: nn.Module, frozen: bool = False) -> Iterator[tuple[st
         On rank 0 the whole values: those that the optimizer steps (float32 also where the model has 16 bits), or a frozen parameter's own; else None.
     """
     first = not distributed.is_initialized() or distributed.get_rank() == 0
-    runs = {run.name: run for run in _runs(model)} if _is_deepspeed(model) else {}
+    done = set()
+    for run in _runs(model) if _is_deepspeed(model) else ():
+        value = torch.zeros(torch.Size(run.shape).numel(), dtype=run.stepped.dtype, device=model.device)
+        value[run.start : run.start + run.length] = run.of(run.stepped)
+        distributed.reduce(value, 0)
+        done.add(run.name)
+        yield run.name, value.view(run.shape) if first else None
     for name, parameter in _unwrapped(model).named_parameters():
-        if name in runs:
-            run = runs[name]
-            value = torch.zeros(torch.Size(run.shape).numel(), dtype=run.stepped.dtype, device=model.device)
-            value[run.start : run.start + run.length] = run.of(run.stepped)
-            distributed.reduce(value, 0)
-            yield name, value.view(run.shape) if first else None
-        elif parameter.requires_grad or frozen:
-            yield name, _gathered(parameter) if first else _discarded(parameter)
+        if name not in done and (parameter.requires_grad or frozen):
+            value = _gathered(parameter)
+            yield name, value if first else None
 
 
 def _is_number(value: Any) -> bool:
@@ -172,11 +175,13 @@ def _runs(model: nn.Module) -> Iterator[_Run]:
         return
     zero: Any = model.optimizer
     if model.zero_optimization_stage() == 3:  # type: ignore[operator]
-        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
-            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-            start = distributed.get_rank() * length  # equal lengths; the last ones are padded
-            length = max(0, min(length, parameter.ds_numel - start))
-            yield _Run(names[parameter], tuple(parameter.ds_shape), start, length, zero.fp32_partitioned_groups_flat[group], offset)
+        for number, group in enumerate(zero.fp16_groups):
+            with _in_memory(zero, number):
+                for parameter in group:
+                    _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                    start = distributed.get_rank() * length  # equal lengths; the last ones are padded
+                    length = max(0, min(length, parameter.ds_numel - start))
+                    yield _Run(names[parameter], tuple(parameter.ds_shape), start, length, zero.fp32_partitioned_groups_flat[number], offset)
         return
     for stepped, parameters, offsets in zip(
         zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True
@@ -186,6 +191,21 @@ def _runs(model: nn.Module) -> Iterator[_Run]:
             start = min(max(first - offset, 0), parameter.numel())
             end = min(max(first + stepped.numel() - offset, start), parameter.numel())
             yield _Run(names[parameter], tuple(parameter.shape), start, end - start, stepped, max(offset - first, 0))
+
+
+def _swaps(zero: Any) -> bool:
+    return bool(vars(zero).get("swap_optimizer"))
+
+
+@contextmanager
+def _in_memory(zero: Any, number: int) -> Iterator[None]:
+    """Reads a group of weights and state from the disk, if ZeRO-3 keeps it on one, and writes it back."""
+    swapped = _swaps(zero) and zero._swappable_optimizer_subgroup(number)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(number)
 
 
 def _offset(parameter: DTensor) -> int:
@@ -214,10 +234,11 @@ def _create_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     else:
         flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
         for number, stepped in enumerate(flat):
-            kept = stepped.grad  # an offloading engine's own buffer
-            stepped.grad = torch.zeros_like(stepped) if kept is None else kept.zero_()
-            zero._optimizer_step(number)
-            stepped.grad = kept
+            with _in_memory(zero, number):
+                kept = stepped.grad  # an offloading engine's own buffer
+                stepped.grad = torch.zeros_like(stepped) if kept is None else kept.zero_()
+                zero._optimizer_step(number)
+                stepped.grad = kept
     for group, (rate, decay) in zip(inner.param_groups, rates, strict=True):
         group["lr"], group["weight_decay"] = rate, decay
 
@@ -231,7 +252,8 @@ def _spread_weights(model: nn.Module) -> None:
         zero.update_lp_params()
         return
     for number in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(number)
+        with _in_memory(zero, number):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
     if zero.persistent_parameters:  # small ones, which every rank holds whole between steps
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -244,6 +266,3 @@ def _gathered(parameter: nn.Parameter) -> torch.Tensor:
             return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
-
-def _discarded(parameter: nn.Parameter) -> None:
-    _gathered(parameter)
