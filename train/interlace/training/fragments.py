@@ -121,6 +121,14 @@ def restore_fragments(
 
 
 @torch.no_grad()
+def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Puts exact values, name -> whole tensor, where the engine's float32 copies came from 16 bits."""
+    for run in _runs(model):
+        if run.name in values and run.length:
+            run.of(run.stepped).copy_(values[run.name].reshape(-1)[run.start : run.start + run.length])
+
+
+@torch.no_grad()
 def full_parameters(model: nn.Module, frozen: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(name, value) of every parameter that learns, one at a time; all ranks take part, and must go on to the end.
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from interlace.arguments import read_json
 from interlace.errors import InputError
-from interlace.model.tuning import TunedModel
 from interlace.sharding_arguments import deepspeed_path
 
 # What a configuration leaves out is taken from the arguments, too: DeepSpeed's own defaults are other ones (no clipping, no bf16)
@@ -42,6 +42,8 @@ def deepspeed_settings(value: str, optim: str) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError('deepspeed: the package is not installed: pip install -e ".[deepspeed]"')
     config: dict[str, Any] = {**FROM_ARGUMENTS, **read_json(deepspeed_path(value), [])}
+    for name in ("bf16", "fp16"):
+        config[name] = {"enabled": "auto", **config[name]}
     if not optim.startswith("adamw_torch"):
         # accelerate would put DeepSpeed's Adam in the place of any optimizer whose state is offloaded, without a word
         config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -66,10 +68,10 @@ def start_processes(values: Mapping[str, Any]) -> None:
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if values["deepspeed"]:
+        if values["use_cpu"]:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
         import deepspeed
 
-        if values["use_cpu"]:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         deepspeed.init_distributed(dist_backend="gloo" if values["use_cpu"] else None, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     elif values["use_cpu"] and num_processes() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(values["ddp_backend"] or "gloo", timeout=timeout)
@@ -89,7 +91,24 @@ def settle(args: TrainingArguments) -> None:
     unset_hf_deepspeed_config()
 
 
-def float32_weights(tuned: TunedModel) -> dict[str, torch.Tensor]:
-    """The values of what learns and is float32 on the CPU, before an engine rounds it to 16 bits."""
-    return {name: parameter.data for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad and parameter.dtype == torch.float32}
+def float32_weights(packed: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> values of what learns and is float32 now, before an engine rounds it to 16 bits."""
+    return {name: parameter.data for name, parameter in packed.named_parameters() if parameter.requires_grad and parameter.dtype == torch.float32}
 
+
+def slice_weights(packed: nn.Module, args: TrainingArguments, max_steps: int) -> None:
+    """ZeRO-3: each weight goes to the device and is sliced there before the next one comes.
+
+    `deepspeed.initialize` would first put the whole model on every device, which the stage is there to avoid.
+    """
+    import deepspeed
+
+    settings: Any = args.hf_deepspeed_config  # type: ignore[attr-defined]
+    settings.trainer_config_finalize(args, packed, max_steps)
+    for parameter in packed.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(settings.dtype())
+    deepspeed.zero.Init(module=packed, config_dict_or_path=settings.config, dtype=settings.dtype())
+    for module in packed.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(args.device)

@@ -20,6 +20,8 @@ from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
 from interlace.training.checkpoint import load_tuned, save_tuned
+from interlace.training.fragments import set_weights
+from interlace.training.sharding import float32_weights, slice_weights
 from interlace.training.tracking import ProgressBar
 
 
@@ -152,6 +154,18 @@ class PackedTrainer(Trainer):
             self._counts.zero_()
             self._last_log, self._paused_seconds, self._waited_seconds = time.perf_counter(), 0.0, 0.0
         super().log(logs, start_time)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        packed, exact = self.tuned.packed, {}
+        if self.is_deepspeed_enabled and self.model_wrapped is packed:
+            if self.args.bf16 or self.args.fp16:
+                exact = float32_weights(packed)
+            if self.args.hf_deepspeed_config.is_zero3():  # type: ignore[attr-defined]
+                slice_weights(packed, self.args, max_steps)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if exact:
+            set_weights(self.model_wrapped, exact)
+        return prepared
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._last_log = time.perf_counter()
