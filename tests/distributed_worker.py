@@ -1,19 +1,18 @@
 """What the processes of `test_distributed.py` run: each case through the real trainer, its outcome written to a file by rank 0.
 
-    torchrun --nproc_per_node 2 -m tests.distributed_worker CASES.json RESULTS
+torchrun --nproc_per_node 2 -m tests.distributed_worker CASES.json RESULTS
 """
 
 import gc
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import distributed
+from torch import distributed, nn
 from transformers import TrainerCallback
 
 from interlace.data.packing import MicroBatch, Plan
@@ -45,19 +44,25 @@ class Losses(TrainerCallback):
 
 
 class Keeper(TrainerCallback):
-    """Puts stored state into the engine before the first step, and stores it after step `step`."""
+    """Puts the state in `restore` into the engine before the first step, stores it in `store` after step `store_at`, and keeps the weights that `watch`
+    names after every step."""
 
     def __init__(self, case: dict[str, Any]):
-        self.source, self.target, self.step, self.trainer = case.get("restore"), case.get("store"), case.get("store_at"), None
+        self.case = case
+        self.watched: dict[str, torch.Tensor] = {}
+        self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.source:
-            read, shapes, scalars = stored(Path(self.source))
-            restore_fragments(self.trainer.model_wrapped, self.trainer.optimizer, read, shapes, scalars)
+        if "restore" in self.case:
+            restore_fragments(self.trainer.model_wrapped, self.trainer.optimizer, *stored(Path(self.case["restore"])))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            store(self.trainer.model_wrapped, self.trainer.optimizer, Path(self.target))
+        if state.global_step == self.case.get("store_at"):
+            store(self.trainer.model_wrapped, self.trainer.optimizer, Path(self.case["store"]))
+        if "watch" in self.case:
+            for name, value in full_parameters(self.trainer.model_wrapped):
+                if value is not None and self.case["watch"] in name:
+                    self.watched[f"{state.global_step} {name}"] = value.clone()
 
 
 def store(engine: Any, optimizer: Any, folder: Path) -> None:
@@ -87,7 +92,14 @@ def stored(folder: Path) -> tuple[Any, dict[str, dict[str, Any]], dict[str, dict
     return (lambda name, key, start, length: whole[name, key][start : start + length]), shapes, found["scalars"]
 
 
-def build(case: dict[str, Any]) -> PackedTrainer:
+def wake_adapter(packed: nn.Module) -> None:
+    """`lora_B` starts at zero: an adapter that does nothing proves nothing."""
+    for name, parameter in packed.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+
+
+def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     arguments = case["arguments"]
     args = supervised.training_arguments(arguments)
     path = resolve_model_path(arguments["model_name_or_path"])
@@ -95,20 +107,17 @@ def build(case: dict[str, Any]) -> PackedTrainer:
     reader = supervised.row_reader(arguments, processing)
     rows, _ = supervised.load_rows(supervised.read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, False)
     tuned = supervised.load_tuned_model(path, arguments, args)
-    for name, parameter in tuned.packed.named_parameters():
-        if "lora_B" in name:  # starts at zero: an adapter that does nothing proves nothing
-            parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+    wake_adapter(tuned.packed)
     train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else supervised.training_plan(rows, arguments, args))
     evaluation = supervised.evaluation_rows(arguments, reader, args)
     keeper = Keeper(case)
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper])
     keeper.trainer = trainer
-    trainer.create_optimizer()
-    return trainer
+    return trainer, keeper
 
 
 def run(case: dict[str, Any], results: Path) -> None:
-    trainer = build(case)
+    trainer, keeper = build(case)
     trainer.train()
     engine = trainer.model_wrapped
     stage = engine.zero_optimization_stage() if case["arguments"]["deepspeed"] else None
@@ -117,8 +126,9 @@ def run(case: dict[str, Any], results: Path) -> None:
         losses = next(callback.values for callback in trainer.callback_handler.callbacks if isinstance(callback, Losses))
         metrics = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         save_file(weights, results / f"{case['name']}.safetensors")
-        norms = [entry.get("grad_norm") for entry in trainer.state.log_history if "loss" in entry]
-        outcome = {"engine": type(engine).__name__, "stage": stage, "losses": losses, "eval": metrics, "norms": norms}
+        if keeper.watched:
+            save_file(keeper.watched, results / f"{case['name']} watched.safetensors")
+        outcome = {"engine": type(engine).__name__, "stage": stage, "losses": losses, "eval": metrics}
         (results / f"{case['name']}.json").write_text(json.dumps(outcome))
 
 
@@ -135,11 +145,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    main()
     sys.stdout.flush()
     os._exit(0)  # a process group's threads abort the interpreter's own shutdown now and then

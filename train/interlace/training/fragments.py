@@ -24,8 +24,8 @@ Scalars = dict[str, dict[str, float]]
 class Fragment:
     """Elements start, start + 1, .. of a flattened tensor, as far as this rank keeps them.
 
-    name: of the parameter, in `TunedModel.packed`. key: `WEIGHT`, or the optimizer's ("exp_avg", ..). values: 1-D; a copy only of what was on a disk. shape: of the whole tensor;
-    the parameter's, or its own where an optimizer keeps something else.
+    name: of the parameter, in `TunedModel.packed`. key: `WEIGHT`, or the optimizer's ("exp_avg", ..). values: 1-D, a copy only of what was on a disk.
+    shape: of the whole tensor; the parameter's, or its own where an optimizer keeps something else.
     """
 
     name: str
@@ -273,4 +273,3 @@ def _gathered(parameter: nn.Parameter) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
