@@ -8,14 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, SiglipImageProcessorPil
+from transformers import Adafactor, AutoTokenizer, LlavaForConditionalGeneration, SiglipImageProcessorPil
 
 from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows
@@ -24,6 +24,7 @@ from interlace.model.forward import model_inputs
 from interlace.model.loading import Processing, save_model, save_processing
 from interlace.model.losses import supervised_loss
 from interlace.training import supervised
+from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from tests.conftest import DEMO_MODEL, IMAGE_TOKENS, ROOT, tiny_config, write_rows
 from tests.distributed_worker import wake_adapter
 from tests.test_families import make_model
@@ -72,7 +73,7 @@ def engine_arguments(engine: str, folder: Path) -> dict[str, Any]:
         zero |= {"offload_param": {"device": "cpu"}} if zero["stage"] == 3 else {}
     if engine.endswith("nvme"):
         del zero["sub_group_size"]
-        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": str(folder / "nvme")}
+        zero |= {"offload_optimizer": {"device": "nvme", "nvme_path": str(folder / "nvme")}, "offload_param": {"device": "cpu"}}
     path = folder / f"{engine}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     return {"deepspeed": str(path)}
@@ -177,7 +178,8 @@ def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path)
         for variant, changes in VARIANTS.items():
             watch = {"watch": "vision_tower"} if variant == "tower" else {}
             cases.append(make_case(f"{engine} {variant} mixes", engine, MIXES, changes, **watch))
-            cases.append(make_case(f"{engine} {variant} accumulated", engine, ACCUMULATED, changes))
+            if variant != "full":
+                cases.append(make_case(f"{engine} {variant} accumulated", engine, ACCUMULATED, changes))
     results = launch(cases, folder)
     for case in cases:
         assert_equals_plain(case, results, case["steps"])
@@ -229,7 +231,7 @@ def assert_goes_on(case: dict[str, Any], results: Path, whole: dict[str, Any], b
 
 @pytest.mark.parametrize("variant", ["full", pytest.param("lora", marks=pytest.mark.slow), pytest.param("tower", marks=pytest.mark.slow)])
 def test_state_goes_on_exactly_under_the_same_engine_and_to_rounding_under_another(make_case: MakeCase, folder: Path, variant: str) -> None:
-    """AdamW in float32; from two ranks to two, to one, and from one to two; from each engine to another; nothing differs at all where nothing changed."""
+    """AdamW in float32, from each engine to itself and to another; nothing differs at all where nothing changed."""
     changes = VARIANTS[variant] | ADAMW
     others = {"ddp": "zero3", "zero1": "fsdp2", "zero2": "zero3", "zero3": "zero1", "fsdp2": "zero2"}
     wholes, same, changed = [], [], []
@@ -243,17 +245,23 @@ def test_state_goes_on_exactly_under_the_same_engine_and_to_rounding_under_anoth
         assert_goes_on(case, results, whole, results, 0.0)
     for case, whole in zip(changed, wholes, strict=True):
         assert_goes_on(case, results, whole, results, 5e-6)
-    alone, back = [], []
-    for engine in ("ddp", "zero2", "zero3"):
-        state = str(folder / f"{variant} {engine} alone")
-        alone.append(make_case(f"{variant} {engine} one", engine, in_one(LONG[STORED:]), changes, restore=str(folder / f"{variant} {engine}")))
-        alone.append(make_case(f"{variant} {engine} one whole", engine, in_one(LONG), changes, store=state, store_at=STORED))
-        back.append(make_case(f"{variant} {engine} two", engine, LONG[STORED:], changes, restore=state))
-    single = launch(alone, folder, processes=1)
-    again = launch(back, folder)
-    for number, engine in enumerate(("ddp", "zero2", "zero3")):
-        assert_goes_on(alone[2 * number], single, wholes[ENGINES.index(engine)], results, 5e-6)
-        assert_goes_on(back[number], again, alone[2 * number + 1], single, 5e-6)
+
+
+@pytest.mark.slow
+def test_state_goes_on_with_another_number_of_ranks(make_case: MakeCase, folder: Path) -> None:
+    """From two to one and from one to two; the same micro-batches, shared out anew."""
+    engines = ["ddp", "zero1", "zero2", "zero3"]
+    state = {engine: (str(folder / f"{engine} of two"), str(folder / f"{engine} of one")) for engine in engines}
+    two = [make_case(f"{engine} two", engine, LONG, ADAMW, store=state[engine][0], store_at=STORED) for engine in engines]
+    one = [make_case(f"{engine} one", engine, in_one(LONG), ADAMW, store=state[engine][1], store_at=STORED) for engine in engines]
+    to_one = [make_case(f"{engine} to one", engine, in_one(LONG[STORED:]), ADAMW, restore=state[engine][0]) for engine in engines]
+    to_two = [make_case(f"{engine} to two", engine, LONG[STORED:], ADAMW, restore=state[engine][1]) for engine in engines]
+    both = launch(two, folder)
+    single = launch([*one, *to_one], folder, processes=1)
+    again = launch(to_two, folder)
+    for number in range(len(engines)):
+        assert_goes_on(to_one[number], single, two[number], both, 5e-6)
+        assert_goes_on(to_two[number], again, one[number], single, 5e-6)
 
 
 def test_sixteen_bit_engines_keep_the_exact_float32_weights(make_case: MakeCase, folder: Path) -> None:
@@ -290,3 +298,48 @@ def make_large_model(path: Path) -> Path:
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, config.image_token_id), config, IMAGE_TOKENS), path)
     return path
+
+
+def adam_of_8_bits(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=16)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+        lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=0.01),
+        lambda parameters: Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False),
+        adam_of_8_bits,
+    ],
+    ids=["amsgrad", "momentum", "rmsprop", "adagrad", "adafactor", "8 bits"],
+)
+def test_without_an_engine_the_state_of_any_optimizer_comes_back(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """State in other shapes than the weights', too: factored rows and columns, blocks of 8 bits."""
+
+    def step(model: torch.nn.Module, steps: torch.optim.Optimizer, number: int) -> None:
+        steps.zero_grad()
+        model(torch.linspace(-1, 1, 24).view(3, 8) * (number + 1)).square().sum().backward()
+        steps.step()
+
+    torch.manual_seed(0)
+    first = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    steps = optimizer(first.parameters())
+    for number in range(3):
+        step(first, steps, number)
+    fragments, scalars = local_fragments(first, steps)
+    whole = {(fragment.name, fragment.key): fragment.values.clone() for fragment in fragments}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for fragment in fragments:
+        shapes.setdefault(fragment.name, {})[fragment.key] = fragment.shape
+    second = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    resumed = optimizer(second.parameters())
+    restore_fragments(second, resumed, lambda name, key, start, length: whole[name, key][start : start + length], shapes, scalars)
+    for number in range(3, 6):
+        step(first, steps, number)
+        step(second, resumed, number)
+    for (name, expected), (_, found) in zip(full_parameters(first), full_parameters(second), strict=True):
+        assert expected is not None and found is not None and torch.equal(expected, found), name

@@ -26,7 +26,15 @@ REFUSED_BLOCKS = {
     "compression_training": "weights are trained as they are; remove the block",
     "progressive_layer_drop": "every layer is called by every process; remove the block",
 }
-REFUSED_ZERO_KEYS = ("zenflow", "super_offload", "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+# Ways of slicing that state is not stored from: DeepSpeed's key in zero_optimization -> the value that means "off"
+REFUSED_ZERO_KEYS = {
+    "zenflow": None,
+    "super_offload": False,
+    "mics_shard_size": -1,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+}
 FSDP_WORDS = ("full_shard", "shard_grad_op", "offload", "auto_wrap")
 FSDP_KEYS = ("version", "reshard_after_forward", "cpu_offload", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params")
 
@@ -84,10 +92,12 @@ def sharding_problems(arguments: Mapping[str, Any], read_json: Read) -> list[str
 def _refused_settings(config: Mapping[str, Any]) -> list[str]:
     zero = config["zero_optimization"]
     problems = [f"{name}: {reason}" for name, reason in REFUSED_BLOCKS.items() if config.get(name)]
-    problems += [f"zero_optimization.{name}: not supported; remove it" for name in REFUSED_ZERO_KEYS if zero.get(name) not in (None, False, 1, -1)]
+    problems += [f"zero_optimization.{name}: not supported; remove it" for name, off in REFUSED_ZERO_KEYS.items() if zero.get(name, off) != off]
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
         problems.append(f"zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; without the deepspeed key several processes train with DDP")
+    if stage == 1 and (config.get("data_types") or {}).get("grad_accum_dtype"):
+        problems.append("data_types.grad_accum_dtype: not with stage 1, where DeepSpeed would change to another kind of engine; use stage 2")
     for name in ("offload_optimizer", "offload_param"):
         block = zero.get(name) or {}
         device = block.get("device", "none")
@@ -97,6 +107,8 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"zero_optimization.{name}.device {device}: only with stage 3")
         if device == "nvme" and not block.get("nvme_path"):
             problems.append(f"zero_optimization.{name}.nvme_path: missing; it names a folder on a fast disk")
+        if block.get("pipeline_read") or block.get("pipeline_write"):
+            problems.append(f"zero_optimization.{name}: pipeline_read and pipeline_write: state cannot be stored from a pipeline; remove them")
         if block.get("ratio", 1.0) != 1.0:
             problems.append(f"zero_optimization.{name}.ratio: expected 1, all or nothing; got {block['ratio']}")
     return problems

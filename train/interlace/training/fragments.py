@@ -7,7 +7,7 @@ of such runs goes on with any number of ranks and under any engine.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -140,9 +140,9 @@ def full_parameters(model: nn.Module, frozen: bool = False) -> Iterator[tuple[st
         On rank 0 the whole values: those that the optimizer steps (float32 also where the model has 16 bits), or a frozen parameter's own; else None.
     """
     first = not distributed.is_initialized() or distributed.get_rank() == 0
-    done = set()
+    done, engine = set(), cast(Any, model)
     for run in _runs(model) if _is_deepspeed(model) else ():
-        value = torch.zeros(torch.Size(run.shape).numel(), dtype=run.stepped.dtype, device=model.device)
+        value = torch.zeros(torch.Size(run.shape).numel(), dtype=run.stepped.dtype, device=engine.device)
         value[run.start : run.start + run.length] = run.of(run.stepped)
         distributed.reduce(value, 0)
         done.add(run.name)
