@@ -29,7 +29,7 @@ def main() -> None:
     from interlace.training.forecast import machine_of
     from interlace.training.supervised import processing_of, training_arguments, training_plan
 
-    args = training_arguments(arguments)
+    args = training_arguments({**arguments, "deepspeed": None, "fsdp": None})  # one process speaks for all
     path = resolve_model_path(arguments["model_name_or_path"])
     processing = processing_of(path, arguments)
     checked, problems = preflight.check_data(arguments, path, processing)

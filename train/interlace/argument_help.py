@@ -112,9 +112,13 @@ HUGGING_FACE_KEYS: dict[str, tuple[str, Mapping[str, object]]] = {
     "ddp_static_graph": ("Promise DDP a static graph.", {}),
     "ddp_backend": ("Communication backend; default: nccl on GPUs, gloo on CPUs.", {}),
     "ddp_timeout": ("Seconds before a stuck collective ends the run.", AT_LEAST_ONE),
-    "fsdp": ("Fully sharded data parallelism.", {}),
-    "fsdp_config": ("Settings of FSDP.", {}),
-    "deepspeed": ("DeepSpeed configuration.", {}),
+    "fsdp": ("Processes share weights, gradients and optimizer state (FSDP2): true, or `full_shard`, `shard_grad_op`, with `offload`.", {}),
+    "fsdp_config": ("Settings of FSDP2: reshard_after_forward, cpu_offload, transformer_layer_cls_to_wrap; an object or a path.", {}),
+    "deepspeed": (
+        "Processes share optimizer state, gradients, weights: `zero1`, `zero2`, `zero2_offload`, `zero3`, `zero3_offload`, `zero3_nvme` "
+        "(configs/deepspeed), or the path of a DeepSpeed configuration; its `auto` values come from these arguments.",
+        {},
+    ),
     "debug": ("Debug modes of transformers.", {}),
     "skip_memory_metrics": ("Do not measure memory.", {}),
     "do_train": ("Of no use here: the script says what is done.", {}),
@@ -141,9 +145,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "bf16_full_eval": ((False,), "evaluation runs in the precision of training"),
     "fp16_full_eval": ((False,), "evaluation runs in the precision of training"),
     "push_to_hub": ((False,), "upload output_dir with `hf upload` when you have looked at it"),
-    "deepspeed": ((None,), "this version trains with one process or with DDP"),
-    "fsdp": ((None, "", False), "this version trains with one process or with DDP"),
-    "parallelism_config": ((None,), "this version trains with one process or with DDP"),
+    "parallelism_config": ((None,), "processes share the rows, never a row; deepspeed and fsdp share the weights"),
 }
 
 # Names from other tools whose value means the same: theirs -> ours
@@ -156,4 +158,5 @@ RENAMED = {
     "mm_tunable_parts": "tunable_parts",
     "mm_projector_lr": "projector_learning_rate",
     "mm_vision_tower_lr": "vision_tower_learning_rate",
+    "sharding": "deepspeed",  # stage1, stage2, stage3, with or without offload
 }

@@ -90,6 +90,8 @@ def training_properties() -> dict[str, Any]:
         properties[name]["enum"] = list(SCHEDULES)
     properties["resume_from_checkpoint"]["type"] = ["boolean", "null", "string"]
     properties["output_dir"]["type"] = "string"
+    properties["deepspeed"]["type"] = ["null", "string"]
+    properties["fsdp"]["type"] = ["boolean", "null", "string"]
     return properties
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from interlace.argument_help import REFUSED, RENAMED
 from interlace.errors import InputError
 from interlace.redaction import SECRET_NAME
+from interlace.sharding_arguments import sharding_problems
 
 SCHEMA_PATH = Path(__file__).with_name("argument_schema.json")
 Arguments = dict[str, Any]
@@ -233,7 +234,7 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
     for name, (accepted, reason) in REFUSED.items():
         if a[name] not in accepted:
             problems.append(f"{name}: {a[name]!r} cannot be honoured: {reason}")
-    return problems
+    return problems + sharding_problems(a, lambda path: read_json(path, problems))
 
 
 def list_value(value: str | list[str]) -> list[str]:

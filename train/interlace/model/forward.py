@@ -64,6 +64,9 @@ class PackedModel(nn.Module):
         self.config = model.config
         self.family = family_of(model.config)
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+        # layers that FSDP takes as its units, of those that are still in here
+        present = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = [name for name in model._no_split_modules or () if name in present]
 
     @property
     def tower(self) -> nn.Module | None:

@@ -69,8 +69,9 @@ def tune(
     freeze_include: Sequence[str] = (),
     freeze_exclude: Sequence[str] = (),
     frozen_dtype: torch.dtype | None = torch.float32,
+    trained_dtype: torch.dtype | None = torch.float32,
 ) -> TunedModel:
-    """Sets what learns; what learns is kept in float32, the rest in `frozen_dtype`, or as it was loaded (None).
+    """Sets what learns; what learns is kept in `trained_dtype`, the rest in `frozen_dtype`, or as it was loaded (None).
 
     Args:
         lora: a new adapter on the language model; None for full tuning, or when `lora_path` continues one.
@@ -113,7 +114,7 @@ def tune(
         raise InputError("nothing is left to train: check tunable_parts and freeze_include")
     for parameter in [*model.parameters(), *([] if tower is None else tower.module.parameters())]:
         if parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype or parameter.dtype)
+            parameter.data = parameter.data.to((trained_dtype if parameter.requires_grad else frozen_dtype) or parameter.dtype)
     if peft is not None and lora_path is not None:  # once more, in float32: loading into a 16-bit model has rounded the whole parts
         set_peft_model_state_dict(peft, load_file(Path(lora_path) / "adapter_model.safetensors"))
     return TunedModel(PackedModel(model), tower, peft)

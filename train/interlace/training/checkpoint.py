@@ -261,7 +261,7 @@ def newest_whole(output_dir: Path, problem_of: Callable[[Path], str | None], say
     Raises:
         InputError: there are checkpoints, and none is whole.
     """
-    problems = []
+    problems: list[str] = []
     for folder in reversed(checkpoint_folders(output_dir)):
         problem = problem_of(folder)
         if problem is None:

@@ -19,12 +19,13 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, Write
-from interlace.training.fragments import Fragment, full_parameters, local_fragments, restore_fragments
+from interlace.training.fragments import WEIGHT, full_parameters, local_fragments, restore_fragments, set_weights
 from interlace.training.ranks import Ranks
+from interlace.training.sharding import float32_weights, slice_weights
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, optimizer_file, plain, read_json_state, write_fragments
 from interlace.training.stopping import StopSignals
 from interlace.training.watch import Watch
-from interlace.training.weights import copy_of_weights, load_weights, save_weights
+from interlace.training.weights import Weights, copy_of_weights, is_adapter, save_weights
 
 COPIED = ("arguments.json", "ledger.json")  # records of the run that each checkpoint holds too
 
@@ -67,6 +68,7 @@ class DurableTrainer(Trainer):
         self._in_step: list[tuple[torch.Tensor, Sequence[int]]] = []  # losses and row numbers of the step's micro-batches
         self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
         self._progress: dict[str, Any] | None = None
+        self._result: Path | None = None  # the checkpoint whose weights are the run's result, if not the last step's
 
     # --- agreeing, once per step ---
 
@@ -152,9 +154,10 @@ class DurableTrainer(Trainer):
     def _contents(self) -> tuple[Write, int]:
         """What writes this rank's files, out of copies that training no longer touches, and their bytes."""
         ranks, output_dir = self.survival.ranks, self.survival.saver.output_dir
-        weights = copy_of_weights(self.tuned, full_parameters(self.model_wrapped, frozen=self.tuned.peft is None), ranks.is_main)
-        fragments, scalars = local_fragments(self.model_wrapped, self.optimizer)
-        fragments = [Fragment(item.name, item.key, item.start, item.values.to("cpu", copy=True)) for item in fragments]
+        weights = self._weights()
+        fragments, scalars = local_fragments(self.model_wrapped, self.optimizer)  # type: ignore[arg-type]
+        # the values that the optimizer steps are those of the model's file, but where they come back through a model in 16 bits
+        fragments = [dataclasses.replace(item, values=item.values.to("cpu", copy=True)) for item in fragments if item.key != WEIGHT or self._has_masters()]
         texts = {STATE_FILE: json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)}
         texts[SCHEDULER_FILE] = json.dumps(plain(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
         texts[PROGRESS_FILE] = json.dumps(self._log_progress())
@@ -173,6 +176,12 @@ class DurableTrainer(Trainer):
 
         return write, sum(item.values.nbytes for item in fragments) + sum(tensor.nbytes for tensor in weights.values())
 
+    def _weights(self) -> Weights:
+        """What has to be saved of the model, on the main process; all ranks take part."""
+        adapted = [parameter.requires_grad for name, parameter in self.tuned.packed.named_parameters() if is_adapter(name)]
+        frozen = self.tuned.peft is None or not all(adapted)
+        return copy_of_weights(self.tuned, full_parameters(self.model_wrapped, frozen), self.survival.ranks.is_main)
+
     def _log_progress(self) -> dict[str, Any]:
         """What the next log will be made of, for each rank."""
         mine = {"loss": self._tr_loss.item(), "counts": self._counts.tolist()}
@@ -180,12 +189,13 @@ class DurableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained model into `output_dir`: aside first, then file by file in place of what was there."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        weights = copy_of_weights(self.tuned, full_parameters(self.model_wrapped, frozen=self.tuned.peft is None), self.survival.ranks.is_main)
+        folder, weights = Path(output_dir or str(self.args.output_dir)), self._weights()
         if self.survival.ranks.is_main:
             scratch = folder / ".saving-model"
             shutil.rmtree(scratch, ignore_errors=True)
             save_weights(self.tuned, weights, self.processing, scratch)
+            for path in [] if self._result is None else self._result.glob("*model*.safetensors*"):
+                shutil.copyfile(path, scratch / path.name)
             for path in scratch.iterdir():
                 path.replace(folder / path.name)
             scratch.rmdir()
@@ -199,25 +209,39 @@ class DurableTrainer(Trainer):
         """Nothing: what is random is drawn anew from (seed, epoch, row) for every micro-batch."""
 
     def _load_best_model(self) -> None:
+        """The best checkpoint's weights are the result; an engine's own weights need not change for that."""
         self.finish_saving()
         if self.stop_code is None and self.state.best_model_checkpoint is not None:
-            self.survival.ranks.sum([0])  # the main process may still be renaming it
-            load_weights(self.tuned, Path(self.state.best_model_checkpoint))
+            self._result = Path(self.state.best_model_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        packed, exact = self.tuned.packed, {}
+        if self.is_deepspeed_enabled and self.model_wrapped is packed:
+            if self._has_masters():
+                exact = float32_weights(packed)
+            if self.args.hf_deepspeed_config.is_zero3():  # type: ignore[attr-defined]
+                slice_weights(packed, self.args, max_steps)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if exact:
+            set_weights(self.model_wrapped, exact)
         checkpoint = self.survival.checkpoint
         if checkpoint is not None:
             self._restore_optimizer(checkpoint.folder)
             self._progress = read_json_state(checkpoint.folder / PROGRESS_FILE)
         return prepared
 
+    def _has_masters(self) -> bool:
+        """Whether the optimizer steps float32 copies of weights that the model has in 16 bits."""
+        return self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+
     def _restore_optimizer(self, folder: Path) -> None:
         """Optimizer and schedule as they were; what is missing starts afresh, which `find_checkpoint` has allowed then."""
         if any(folder.glob("optimizer-*")):
             files = OptimizerFiles(folder)
-            keys = {name: files.keys(name) for name in files.parameters}
-            restore_fragments(self.model_wrapped, self.optimizer, files.read, keys, files.scalars)
+            try:
+                restore_fragments(self.model_wrapped, self.optimizer, files.read, files.shapes, files.scalars)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise InputError(f"{folder}: the optimizer's state does not fit `optim`: {error}") from error
         state = read_json_state(folder / SCHEDULER_FILE)
         if state is not None:
             scheduler: Any = self.lr_scheduler

@@ -27,6 +27,7 @@ from interlace.training.forecast import (
     memory_of,
     micro_shapes,
     rehearse_all,
+    sharding_of,
     sizes_of,
 )
 from interlace.training.rehearsal import Rehearsal
@@ -134,7 +135,7 @@ class Search:
 
     def candidates(self) -> Iterator[tuple[list[Changes], Sharding]]:
         """For each precision and sharding, the best first, what the argument checker accepts, fewest FLOPs (and most memory) first."""
-        quantises = importlib.util.find_spec("bitsandbytes") is not None
+        quantises, shards = (importlib.util.find_spec(name) is not None for name in ("bitsandbytes", "deepspeed"))
         trains_tower = "vision_tower" in self.arguments["tunable_parts"]
         for precision in PRECISIONS:
             if any(self.arguments[name] == value for name, value in precision.items()):
@@ -142,14 +143,14 @@ class Search:
             if any("load_in" in name for name in precision) and not quantises:
                 continue
             for sharding, stage, offload in SHARDINGS:
-                if self.world_size == 1 and stage and not offload:
+                if (self.world_size == 1 and stage and not offload) or (stage and not shards):
                     continue
                 choices = [choice for choice in CHECKPOINTING if trains_tower or not choice["vision_gradient_checkpointing"]]
                 group = [{**precision, **sharding, **self._checkpointing(choice, trains_tower)} for choice in choices]
                 group = [changes for changes in group if not resolved(self.arguments, changes)[1]]
                 if group:
                     self.tried(group[-1])
-                    yield sorted(group, key=self._flops), Sharding(self.world_size, stage, offload, offload)
+                    yield sorted(group, key=self._flops), sharding_of({**self.arguments, **sharding}, self.world_size)
 
     def _checkpointing(self, choice: Changes, trains_tower: bool) -> Changes:
         newer = {"activation_checkpointing": None} if self.arguments["activation_checkpointing"] is not None else {}

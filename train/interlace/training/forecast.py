@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from interlace.arguments import list_value
+from interlace.arguments import list_value, read_json
 from interlace.data.packing import MicroBatch
 from interlace.model.costs import BatchShape, Cost, StepCosts
 from interlace.model.families import part_of
 from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.sharding_arguments import deepspeed_path
 from interlace.training.rehearsal import Rehearsal, rehearse
 from interlace.training.supervised import new_adapter
 
@@ -51,6 +52,20 @@ class Sharding:
     stage: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+
+
+def sharding_of(arguments: Mapping[str, Any], world_size: int) -> Sharding:
+    """What the keys `deepspeed` and `fsdp` make of this many devices; FSDP2 shares what ZeRO's stage 3 shares."""
+    if arguments["deepspeed"]:
+        zero = read_json(deepspeed_path(arguments["deepspeed"]), [])["zero_optimization"]
+        optimizer, parameters = ((zero.get(name) or {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param"))
+        return Sharding(world_size, zero["stage"], optimizer, parameters)
+    if arguments["fsdp"]:
+        settings = arguments["fsdp_config"] or {}
+        settings = read_json(Path(settings), []) if isinstance(settings, str) else settings
+        offloads = "offload" in str(arguments["fsdp"]) or bool(settings.get("cpu_offload") or settings.get("fsdp_cpu_offload"))
+        return Sharding(world_size, 3, offloads, offloads)
+    return Sharding(world_size)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from interlace.training.forecast import (
     memory_of,
     micro_shapes,
     rehearse_all,
+    sharding_of,
     sizes_of,
 )
 from interlace.training.probe import probe
@@ -120,10 +121,11 @@ class RunForecast:
     rehearsals: list[Rehearsal]
     disk: Disk
     parts: list[tuple[str, int, int]]
+    sharding: Sharding
 
     def memory(self, machine: Machine, sharding: Sharding | None = None) -> Memory:
-        """Memory of one device; without `sharding`, under DDP."""
-        return memory_of(self.sizes, self.rehearsals, sharding or Sharding(self.world_size), self.plan.accumulation, machine.device)
+        """Memory of one device; without `sharding`, as the arguments want it."""
+        return memory_of(self.sizes, self.rehearsals, sharding or self.sharding, self.plan.accumulation, machine.device)
 
     def fits(self, machine: Machine) -> bool:
         """Whether it fits this machine's device."""
@@ -157,8 +159,8 @@ def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArg
     sizes, costs, parts = sizes_of(tuned, arguments), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
     disk = disk_of(tuned, sizes, arguments, total_steps, total_steps / steps_per_epoch)
     rehearsals = rehearse_all(tuned, fullest(shapes), compute_dtype(arguments))
-    workers = args.dataloader_num_workers
-    return RunForecast(plan, world_size, steps_per_epoch, total_steps, workers, shapes, costs, sizes, rehearsals, disk, parts)
+    workers, sharding = args.dataloader_num_workers, sharding_of(arguments, world_size)
+    return RunForecast(plan, world_size, steps_per_epoch, total_steps, workers, shapes, costs, sizes, rehearsals, disk, parts, sharding)
 
 
 def measure_speed(

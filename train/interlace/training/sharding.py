@@ -1,13 +1,126 @@
-"""Placeholder."""
+"""Several processes that share a model's weights, gradients and optimizer state: DeepSpeed's ZeRO (arXiv 1910.02054) and FSDP2."""
 
 import datetime
+import importlib.util
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from interlace.arguments import read_json
+from interlace.errors import InputError
+from interlace.sharding_arguments import deepspeed_path
+
+# What a configuration leaves out is taken from the arguments, too: DeepSpeed's own defaults are other ones (no clipping, no bf16)
+FROM_ARGUMENTS = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}
+
+
+def num_processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def deepspeed_settings(value: str, optim: str) -> dict[str, Any]:
+    """The DeepSpeed configuration that the `deepspeed` key means, for `TrainingArguments`: what it leaves open is "auto".
+
+    Raises:
+        InputError: the package or the file is missing.
+    """
+    check_deepspeed()
+    config: dict[str, Any] = {**FROM_ARGUMENTS, **read_json(deepspeed_path(value), [])}
+    for name in ("bf16", "fp16"):
+        config[name] = {"enabled": "auto", **config[name]}
+    if not optim.startswith("adamw_torch"):
+        # accelerate would put DeepSpeed's Adam in the place of any optimizer whose state is offloaded, without a word
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
 
 
 def start_processes(values: Mapping[str, Any]) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=values["ddp_timeout"]))
+    """Joins the processes into a group, before Hugging Face would: with `ddp_timeout` on CPUs too, in DeepSpeed's own way for DeepSpeed.
+
+    Args:
+        values: the arguments.
+
+    Raises:
+        InputError: FSDP with a single process.
+    """
+    timeout, on_cpu = datetime.timedelta(seconds=values["ddp_timeout"]), values["use_cpu"] or not torch.accelerator.is_available()
+    if values["fsdp"] and num_processes() == 1:
+        raise InputError("fsdp needs several processes: torchrun --nproc_per_node 8 train/...")
+    if values["deepspeed"] and "RANK" not in os.environ:  # no launcher: a group of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    elif num_processes() == 1:
+        return
+    if not on_cpu:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    if values["deepspeed"]:
+        check_deepspeed()
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    elif not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(values["ddp_backend"] or ("gloo" if on_cpu else None), timeout=timeout)
+
+
+def check_deepspeed() -> None:
+    """Raises:
+    InputError: the package is missing.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError('deepspeed: the package is not installed: pip install -e ".[deepspeed]"')
+
+
+def settle(args: TrainingArguments) -> None:
+    """What Hugging Face's arguments leave behind, put right.
+
+    FSDP works on CPUs, but accelerate shares weights only between what it takes for GPUs, and trains with DDP otherwise, without a word.
+
+    Models are loaded whole, on the CPU, where the processes of a machine share the files' pages; the engine takes its slices from there.
+
+    Hugging Face would build them in slices as soon as it has seen a configuration of stage 3, tower and all.
+    """
+    if args.fsdp and args.use_cpu:
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU  # type: ignore[union-attr]
+    unset_hf_deepspeed_config()
+
+
+def float32_weights(packed: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> values of what learns and is float32 now, before an engine rounds it to 16 bits."""
+    return {name: parameter.data for name, parameter in packed.named_parameters() if parameter.requires_grad and parameter.dtype == torch.float32}
+
+
+def slice_weights(packed: nn.Module, args: TrainingArguments, max_steps: int) -> None:
+    """ZeRO-3: each weight goes to the device and is sliced there before the next one comes.
+
+    `deepspeed.initialize` would first put the whole model on every device, which the stage is there to avoid.
+    """
+    import deepspeed
+
+    settings: Any = args.hf_deepspeed_config  # type: ignore[attr-defined]
+    settings.trainer_config_finalize(args, packed, max_steps)
+    for parameter in packed.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(settings.dtype())
+    deepspeed.zero.Init(module=packed, config_dict_or_path=settings.config, dtype=settings.dtype())
+    for module in packed.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(args.device)

@@ -33,15 +33,17 @@ def write_fragments(path: Path, fragments: Iterable[Fragment], scalars: Mapping[
     Args:
         scalars: parameter -> key -> number, such as the step.
     """
-    tensors, starts = {}, {}
+    tensors, places = {}, {}
     for fragment in fragments:
         name = f"{fragment.name}{_SPACE}{fragment.key}"
-        tensors[name], starts[name] = fragment.values.contiguous(), fragment.start
-    save_file(tensors, path, {"starts": json.dumps(starts), "scalars": json.dumps(scalars)})
+        tensors[name], places[name] = fragment.values.contiguous(), [fragment.start, list(fragment.shape)]
+    save_file(tensors, path, {"places": json.dumps(places), "scalars": json.dumps(scalars)})
 
 
 class OptimizerFiles:
     """The optimizer's state in a checkpoint, from however many ranks.
+
+    `shapes` holds the shape of each whole tensor: parameter -> key -> shape; `scalars` the numbers: parameter -> key -> number.
 
     Args:
         folder: the checkpoint.
@@ -56,33 +58,21 @@ class OptimizerFiles:
             raise InputError(f"{folder}: {len(paths)} files of the optimizer's state are there, not all; set allow_partial_resume: true to start it afresh")
         self._files: list[Any] = []
         self._runs: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (start, end, file) of each (parameter, key)
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scalars: dict[str, dict[str, float]] = {}
         for path in paths:
             try:
                 file = safe_open(path, "pt")
                 metadata = file.metadata() or {}
-                starts, scalars = json.loads(metadata["starts"]), json.loads(metadata["scalars"])
+                places, scalars = json.loads(metadata["places"]), json.loads(metadata["scalars"])
             except (SafetensorError, OSError, ValueError, KeyError) as error:
                 raise InputError(f"{path}: cannot be read: {error}") from error
-            for name, start in starts.items():
+            for name, (start, shape) in places.items():
                 parameter, key = name.split(_SPACE)
-                size = torch.Size(file.get_slice(name).get_shape()).numel()
+                (size,) = file.get_slice(name).get_shape()
                 self._runs.setdefault((parameter, key), []).append((start, start + size, file))
+                self.shapes.setdefault(parameter, {})[key] = tuple(shape)
             self.scalars |= scalars
-
-    def keys(self, parameter: str) -> list[str]:
-        """The keys of a parameter's state that are tensors."""
-        return [key for name, key in self._runs if name == parameter]
-
-    @property
-    def parameters(self) -> set[str]:
-        """The parameters that have any state."""
-        return {name for name, _ in self._runs} | set(self.scalars)
-
-    def whole(self, parameter: str, key: str) -> torch.Tensor:
-        """A tensor that one rank has written whole, in its own shape."""
-        ((_, _, file),) = self._runs[parameter, key]
-        return file.get_tensor(f"{parameter}{_SPACE}{key}")  # type: ignore[no-any-return]
 
     def read(self, parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         """Elements `start` to `start + length` of a flattened tensor, (length,).
@@ -92,27 +82,17 @@ class OptimizerFiles:
         """
         pieces, at = [], start
         for first, last, file in sorted(self._runs.get((parameter, key), []), key=lambda run: run[0]):
-            if first <= at < last and at < start + length:
+            if first <= at < min(last, start + length):
                 end = min(last, start + length)
-                name = f"{parameter}{_SPACE}{key}"
-                if last - first == end - at:
-                    pieces.append(file.get_tensor(name).flatten())
-                else:
-                    run = file.get_slice(name)
-                    pieces.append(run[at - first : end - first] if len(run.get_shape()) == 1 else file.get_tensor(name).flatten()[at - first : end - first])
+                pieces.append(file.get_slice(f"{parameter}{_SPACE}{key}")[at - first : end - first])
                 at = end
         if at != start + length:
             raise InputError(f"the checkpoint's optimizer state holds no {key} of {parameter} from element {at} on: it belongs to another model or optimizer")
         return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
-def write_json_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes numbers, words and lists of them; anything else in a schedule's state is a function that is made anew."""
-    path.write_text(json.dumps(state), encoding="utf-8")
-
-
 def read_json_state(path: Path) -> dict[str, Any] | None:
-    """What `write_json_state` wrote; None if it is not there."""
+    """The content of a JSON file; None if it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

@@ -26,7 +26,7 @@ from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_l
 from interlace.training.durable import Survival
 from interlace.training.ranks import Ranks
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
-from interlace.training.sharding import start_processes
+from interlace.training.sharding import deepspeed_settings, settle, start_processes
 from interlace.training.stopping import StopSignals
 from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
@@ -160,10 +160,13 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
     transformers.logging.set_verbosity_error()
+    if values["deepspeed"]:
+        values["deepspeed"] = deepspeed_settings(values["deepspeed"], values["optim"])
     try:
         args = TrainingArguments(**values)
     except (ValueError, ImportError, TypeError) as error:
         raise InputError(f"the arguments do not go together: {error}") from error
+    settle(args)
     if args.n_gpu > 1:
         say(f"{args.n_gpu} GPUs, one process: training on the first; use all with torchrun --nproc_per_node {args.n_gpu} train/supervised_finetune.py ...")
         args._n_gpu = 1  # the Trainer would split packed batches over them
@@ -229,7 +232,8 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     torch.manual_seed(args.seed)
     parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
     wanted = None if arguments["lora_path"] else new_adapter(arguments)
-    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute)
+    rounded = bool(args.deepspeed) and mixed  # by the engine, which keeps the float32 of its slice: whole models in float32 would not fit a host
+    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, None if rounded else torch.float32)
 
 
 def new_adapter(arguments: Arguments) -> Lora | None:

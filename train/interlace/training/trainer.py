@@ -185,7 +185,8 @@ class PackedTrainer(DurableTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss per supervised token and token accuracy over the evaluation rows of all ranks."""
         assert self.eval_rows is not None
-        packed, start = self.tuned.packed, time.time()
+        # an engine that shares weights out has to be called itself, to gather them
+        packed, start = self.model_wrapped if self.is_deepspeed_enabled else self.tuned.packed, time.time()
         training = packed.training
         packed.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # weighted loss, weight, right, supervised

@@ -23,7 +23,7 @@ def copy_of_weights(tuned: TunedModel, parameters: Iterable[tuple[str, torch.Ten
     weights: Weights = {}
     trained = {name for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad}
     for name, tensor in parameters:
-        if is_main and tensor is not None:
+        if is_main and tensor is not None and (tuned.peft is None or is_adapter(name)):
             weights[name.removeprefix("model.")] = tensor.to("cpu", copy=name in trained)
     if is_main and tuned.peft is None:
         weights |= {name: buffer.to("cpu", copy=True) for name, buffer in _buffers(tuned).items()}
@@ -31,6 +31,11 @@ def copy_of_weights(tuned: TunedModel, parameters: Iterable[tuple[str, torch.Ten
             start = f"model.{tuned.packed.family.vision_tower}."
             weights |= {start + name: tensor.to("cpu") for name, tensor in tuned.tower.module.state_dict().items()}
     return weights
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name: what an adapter adds, or a module that it trains whole."""
+    return "lora_" in name or ".modules_to_save." in name
 
 
 def _buffers(tuned: TunedModel) -> Weights:
