@@ -18,8 +18,14 @@ from transformers import TrainerCallback
 from interlace.data.packing import MicroBatch, Plan
 from interlace.model.loading import resolve_model_path
 from interlace.training import supervised
+from interlace.training.checkpoint import Saver
+from interlace.training.durable import Survival
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
+from interlace.training.ranks import Ranks
+from interlace.training.sharding import start_processes
+from interlace.training.stopping import StopSignals
 from interlace.training.trainer import PackedTrainer, PlannedRows
+from interlace.training.watch import Watch
 
 
 class GivenPlan(Plan):
@@ -101,6 +107,9 @@ def wake_adapter(packed: nn.Module) -> None:
 
 def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     arguments = case["arguments"]
+    start_processes(arguments)
+    ranks = Ranks()
+    survival = Survival(ranks, Watch(ranks, 600), StopSignals(), Saver(Path(arguments["output_dir"]), ranks.rank, ranks.world_size, {}))
     args = supervised.training_arguments(arguments)
     path = resolve_model_path(arguments["model_name_or_path"])
     processing = supervised.processing_of(path, arguments)
@@ -111,7 +120,7 @@ def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else supervised.training_plan(rows, arguments, args))
     evaluation = supervised.evaluation_rows(arguments, reader, args)
     keeper = Keeper(case)
-    trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper])
+    trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper], survival)
     keeper.trainer = trainer
     return trainer, keeper
 

@@ -363,6 +363,51 @@ def test_another_number_of_ranks_shares_the_same_plan(arguments: dict[str, Any],
     assert_close_end(undisturbed, Path(arguments["output_dir"]))
 
 
+ENGINES = {"zero1": {"deepspeed": "zero1"}, "zero2": {"deepspeed": "zero2"}, "zero3": {"deepspeed": "zero3"}, "fsdp": {"fsdp": True}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_under_every_engine_a_stop_and_a_resume_change_nothing_and_broken_numbers_stop_all(
+    arguments: dict[str, Any], tmp_path: Path, engine: str, precision: str
+) -> None:
+    full = {"lora": False, "gradient_accumulation_steps": 1, "bf16": precision == "bfloat16", "load_best_model_at_end": True}
+    arguments = {**arguments, **full, **ENGINES[engine], "save_steps": 3, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+
+    def run(name: str, accident: Accident | None = None) -> list[int]:
+        accidents = {1: [accident]} if accident else None
+        return [finish(rank, 400) for rank in run_ranks({**arguments, "output_dir": str(tmp_path / name)}, tmp_path / "logs", 2, accidents)]
+
+    def said() -> str:
+        return (tmp_path / "logs" / "0").read_text()[-3000:]
+
+    assert run("straight") == [0, 0], said()
+    assert run("stopped", Accident("interlace.training.trainer:supervised_loss", 4, change=Ask(signal.SIGUSR1))) == [143, 143], said()
+    assert_safe(tmp_path / "stopped")
+    assert run("stopped") == [0, 0], said()
+    assert_same_end(tmp_path / "straight", tmp_path / "stopped")
+    assert run("broken", Accident("interlace.training.trainer:supervised_loss", 5, change=Spoil("loss"))) == [1, 1], said()
+    assert "step 5: the loss is not finite" in said()
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "broken" / "checkpoint-3").values())
+    assert run("broken") == [0, 0], said()
+    assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("zero2", "zero3"), ("zero3", "ddp"), ("ddp", "zero1")])
+def test_a_run_goes_on_under_another_engine_and_with_another_number_of_ranks(
+    arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    """Two ranks before, one after: no conversion in between."""
+    stop = {0: [Accident("interlace.training.trainer:supervised_loss", 3, change=Ask(signal.SIGTERM))]}
+    first = {**arguments, **ENGINES.get(before, {}), "gradient_accumulation_steps": 1}
+    assert [finish(rank, 400) for rank in run_ranks(first, tmp_path / "logs", 2, stop)] == [143, 143], (tmp_path / "logs" / "0").read_text()
+    second = {**arguments, **ENGINES.get(after, {}), "gradient_accumulation_steps": 1}
+    assert [finish(rank, 400) for rank in run_ranks(second, tmp_path / "logs", 1)] == [0], (tmp_path / "logs" / "0").read_text()
+    assert_close_end(undisturbed, Path(arguments["output_dir"]))
+
+
 def test_a_rank_that_dies_ends_the_others_with_its_name(arguments: dict[str, Any], undisturbed_pair: Path, tmp_path: Path) -> None:
     arguments = {**arguments, "gradient_accumulation_steps": 1}
     ranks = run_ranks(arguments, tmp_path / "logs", 2, {1: [Accident("interlace.training.trainer:supervised_loss", 6)]})

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -162,6 +163,10 @@ def _is_deepspeed(model: nn.Module) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """The `PackedModel`, its parameters as the optimizer knows them: FSDP2 leaves some whole after a forward pass without a backward one."""
+    for module in model.modules() if isinstance(model, FSDPModule) else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return model.module if _is_deepspeed(model) or isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
 
 

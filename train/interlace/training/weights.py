@@ -39,8 +39,13 @@ def is_adapter(name: str) -> bool:
 
 
 def _buffers(tuned: TunedModel) -> Weights:
-    parameters = {name for name, _ in tuned.base.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in tuned.base.state_dict().items() if name not in parameters}
+    """What a state dict holds beside parameters; asking for one would have a sharding engine rearrange this rank's weights alone."""
+    return {
+        f"{place}.{name}" if place else name: buffer
+        for place, module in tuned.base.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def save_weights(tuned: TunedModel, weights: Weights, processing: Processing, folder: Path) -> None:
