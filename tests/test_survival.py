@@ -414,10 +414,36 @@ def test_a_rank_that_dies_ends_the_others_with_its_name(arguments: dict[str, Any
     assert finish(ranks[1]) == -signal.SIGKILL
     assert finish(ranks[0], 60) == 1
     said = (tmp_path / "logs" / "0").read_text()
-    assert "rank 0 on" in said and "gone are rank 1 on" in said and "the checkpoints stand" in said and "Traceback" not in said
+    assert "rank 0 on" in said and "gone: rank 1 on" in said and "The checkpoints stand" in said and "Traceback" not in said
     assert_safe(Path(arguments["output_dir"]))
     assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2)] == [0, 0]
     assert_same_end(undisturbed_pair, Path(arguments["output_dir"]))
+
+
+class Freeze:
+    """Stops this process where it is, as a host that is cut off would seem to."""
+
+    def __call__(self, result: Any) -> Any:
+        time.sleep(5)  # a step long enough to be told
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return result
+
+
+def test_a_stuck_collective_is_reported_with_step_and_rows_and_ends_with_the_culprits_name(arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {**arguments, "gradient_accumulation_steps": 1, "ddp_timeout": 12}
+    frozen = Accident("interlace.training.trainer:supervised_loss", 5, change=Freeze())
+    ranks = run_ranks(arguments, tmp_path / "logs", 2, {1: [frozen]})
+    try:
+        assert finish(ranks[0], 60) == 1
+        said = (tmp_path / "logs" / "0").read_text()
+        assert "no progress for" in said and "rank 0 on" in said and "it waits in:" in said
+        assert "is at step 5, training, rows in flight: " in said and "rows.json: row" in said
+        assert "gone: rank 1 on" in said
+        os.kill(ranks[1].pid or 0, signal.SIGCONT)
+        assert finish(ranks[1], 60) == 1, "back again, it finds that nobody is there"
+    finally:
+        ranks[1].kill()
+    assert_safe(Path(arguments["output_dir"]))
 
 
 def test_a_broken_image_on_one_rank_ends_both_with_one_message(tiny_dir: Path, tmp_path: Path) -> None:

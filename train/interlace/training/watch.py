@@ -76,9 +76,9 @@ class Watch:
             self.ranks.sum([0])
         except BaseException as error:
             if _is_lost_connection(error):
-                gone = self._who_is_gone()
+                gone = f"rank {self.ranks.rank} on {socket.gethostname()} lost its connection to another rank; {self._who_is_gone()}"
                 self._is_over.set()
-                raise RunError(f"at {self.position} {gone}; the checkpoints stand: start again with resume_from_checkpoint: true") from error
+                raise RunError(f"{gone}. It was at {self.position}. The checkpoints stand: start again with resume_from_checkpoint: true") from error
             self._is_over.set()
             if not isinstance(error, Stopped):  # by all of them
                 self._tell(f"rank {self.ranks.rank} on {socket.gethostname()} stopped at {self.position}: {type(error).__name__}: {error}")
@@ -110,19 +110,21 @@ class Watch:
                 time.sleep(2 * self.beat_seconds)  # the store goes with this process: let the others read
 
     def _who_is_gone(self) -> str:
-        """Which ranks give no sign of life any more, after a connection broke."""
-        me = f"rank {self.ranks.rank} on {socket.gethostname()} lost its connection to another rank"
+        """Which ranks give no sign of life any more; takes some beats to listen."""
         try:
             store = self._connect()
             before = [self._beat_of(store, rank) for rank in range(self.ranks.world_size)]
-            time.sleep(4 * self.beat_seconds)
+            for _ in range(4):
+                time.sleep(self.beat_seconds)
+                self._write_beat(store)
             silent = [rank for rank, beat in enumerate(before) if rank != self.ranks.rank and self._beat_of(store, rank) == beat]
         except RuntimeError:
-            return f"{me}: rank 0 on {self._hosts[0]} is gone"
+            return f"rank 0 on {self._hosts[0]} is gone"
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}, last at {json.loads(before[rank])[1] if before[rank] else 'the start'}" for rank in silent)
-        return (
-            f"{me}: gone are {names}" if silent else f"{me}, and all are alive: a collective took longer than ddp_timeout, or the network failed for a moment"
-        )
+        return f"gone: {names}" if silent else "all ranks are alive: a collective took longer than ddp_timeout, or the network failed for a moment"
+
+    def _write_beat(self, store: TCPStore) -> None:
+        store.set(f"beat {self.ranks.rank}", json.dumps([time.monotonic(), str(self.position)]))
 
     def _beat_of(self, store: TCPStore, rank: int) -> str:
         return store.get(f"beat {rank}").decode() if store.check([f"beat {rank}"]) else ""
@@ -133,7 +135,7 @@ class Watch:
         store = None if self.ranks.is_alone else self._reached()
         heard = [(time.monotonic(), "")] * self.ranks.world_size
         reported, last = False, time.monotonic()
-        while not self._is_over.wait(self.beat_seconds):
+        while not self._is_over.is_set():
             if time.monotonic() - last > self.silent_seconds / 2:  # this process slept, and so perhaps did the others
                 heard = [(time.monotonic(), beat) for _, beat in heard]
             last = time.monotonic()
@@ -147,8 +149,9 @@ class Watch:
             if still > self.stuck_seconds and not reported:
                 reported = True
                 self._report(still, heard)
-            if still > 2 * self.stuck_seconds and not self.ranks.is_alone:
-                self._end(f"no progress for {still:.0f} seconds at {self.position}; ddp_timeout allows {2 * self.stuck_seconds:.0f}")
+            if still > 2 * self.stuck_seconds and store is not None:
+                self._end(f"no progress for {still:.0f} seconds, ddp_timeout allows {2 * self.stuck_seconds:.0f}; {self._who_is_gone()}")
+            self._is_over.wait(self.beat_seconds)
 
     def _reached(self) -> TCPStore | None:
         try:
@@ -160,7 +163,7 @@ class Watch:
     def _beat(self, store: TCPStore, heard: list[tuple[float, str]]) -> None:
         """Writes this rank's beat, hears the others, ends when one is dead."""
         now, me = time.monotonic(), self.ranks.rank
-        store.set(f"beat {me}", json.dumps([now, str(self.position)]))
+        self._write_beat(store)
         if store.check([_VERDICT]):
             self._end(store.get(_VERDICT).decode())
         for rank in range(self.ranks.world_size) if self.ranks.is_main else (0,):
