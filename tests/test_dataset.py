@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from interlace.data.store import Store, to_batch
 from interlace.data.template import ChatTemplate, Encoded
 from interlace.errors import InputError
 from interlace.model.loading import load_processing
+from tests.conftest import write_rows
 
 IMAGE_ID = 151646
 Read = Callable[..., tuple[Rows, Ledger]]
@@ -384,7 +386,7 @@ def test_weights_of_labels_survive_the_store(tmp_path: Path, reader: RowReader) 
         folder = tmp_path / policy
         folder.mkdir()
         batch = to_batch([found])
-        (folder / "source.json").write_text('{"made": 1.0}')
+        (folder / "source.json").write_text('{"made": 1.0, "content": ""}')
         with pa.ipc.new_file(str(folder / "rows.arrow"), batch.schema) as writer:
             writer.write_batch(batch)
         stored = Store(folder, "rows.json").row(0).encoded
@@ -560,3 +562,24 @@ def test_collators_reach_spawned_workers(tiny_dir: Path) -> None:
     processing = load_processing(str(tiny_dir))
     processing.template.text_ids("remembered")
     assert pickle.loads(pickle.dumps(Collator(processing.process_images, 3))).image_token_id == 3
+
+
+def test_the_fingerprint_knows_the_rows_and_their_order_and_not_where_they_lie(tmp_path: Path, read: Read) -> None:
+    """Edited, dropped, reordered or given another image: another fingerprint; the same rows in another folder: the same."""
+
+    def fingerprint(folder: Path) -> str:
+        return read([{"data_files": str(folder / "rows.json")}])[0].fingerprint
+
+    rows = json.loads(write_rows(tmp_path / "a", 6).read_text())
+    first = fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == first
+    edited, pictured = json.loads(json.dumps(rows)), json.loads(json.dumps(rows))
+    edited[0]["conversations"][-1]["value"] = "otherwise"
+    old = pictured[1]["image"][0]
+    pictured[1]["image"][0] = "other.png"
+    for name, changed in {"dropped": rows[:-1], "reordered": rows[::-1], "edited": edited, "another image": pictured}.items():
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        shutil.copy(tmp_path / name / old, tmp_path / name / "other.png")
+        (tmp_path / name / "rows.json").write_text(json.dumps(changed))
+        assert fingerprint(tmp_path / name) != first, name

@@ -50,8 +50,8 @@ from interlace.model.losses import supervised_loss
 from interlace.model.processing import Processing
 from interlace.model.tiles import Tiles
 from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.checkpoint import load_tuned, save_tuned
 from interlace.training.supervised import finetune, row_reader
+from interlace.training.weights import copy_of_weights, load_weights, save_weights
 from tests.conftest import DEMO_MODEL
 
 FAMILIES = ("llava_next", "llava_onevision")
@@ -426,7 +426,7 @@ def test_a_saved_model_gives_the_same_logits_in_the_library(folder: Path, rows: 
     tuned, processing = tuned_model(folder), load_processing(str(folder))
     for parameter in tuned.packed.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    save_tuned(tuned, processing, tmp_path)
+    save_weights(tuned, copy_of_weights(tuned, tuned.packed.named_parameters(), True), processing, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "image_newline" in names
@@ -439,7 +439,7 @@ def test_a_saved_model_gives_the_same_logits_in_the_library(folder: Path, rows: 
         for number, row in enumerate(rows):
             torch.testing.assert_close(library_log_probs(model, tmp_path, row), before[batch.sequence_index == number], **TOLERANCE)
         again = tuned_model(folder)
-        load_tuned(again, tmp_path)
+        load_weights(again, tmp_path)
         assert torch.equal(score(again, batch).log_probs, before)
 
 
@@ -499,7 +499,8 @@ def test_rows_on_disk_are_not_taken_for_another_maximum(folders: dict[str, Path]
 def test_an_adapter_is_used_with_the_maximum_it_was_trained_with(folders: dict[str, Path], tmp_path: Path) -> None:
     path = str(folders["llava_onevision"])
     tuned = tune(load_model(path, torch.float32, image_aspect_ratio="anyres_max_4"), ("language_model",), Lora(4, 8, 0.0, None), None)
-    save_tuned(tuned, load_processing(path, image_aspect_ratio="anyres_max_4"), tmp_path)
+    weights = copy_of_weights(tuned, tuned.packed.named_parameters(), True)
+    save_weights(tuned, weights, load_processing(path, image_aspect_ratio="anyres_max_4"), tmp_path)
     assert load_config(str(tmp_path)).vision_aspect_ratio == "anyres_max_4"
     assert load_processing(str(tmp_path)).config.vision_aspect_ratio == load_generator(str(tmp_path)).model.config.vision_aspect_ratio == "anyres_max_4"
 

@@ -101,4 +101,15 @@ class DataFields:
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
 
 
-FIELD_GROUPS = (ModelFields, DataFields)
+@dataclass
+class SurvivalFields:
+    """What happens when something goes wrong; each of the doors is opened by the user alone."""
+
+    on_save_error: Literal["stop", "continue"] = key("stop", "When a checkpoint cannot be written (disk full): end the run, or go on without it.")
+    on_non_finite: Literal["stop", "skip"] = key("stop", "When loss or gradient is not finite: end the run with the rows' names, or leave the step out.")
+    accept_data_change: bool = key(False, "Resume though the rows or their order are not those that the run began with.")
+    allow_partial_resume: bool = key(False, "Resume from a checkpoint that lacks files: optimizer or schedule start afresh then.")
+    trust_checkpoint: bool = key(False, "Resume from a checkpoint whose files are not what its manifest says, or that has none.")
+
+
+FIELD_GROUPS = (ModelFields, DataFields, SurvivalFields)

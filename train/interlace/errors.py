@@ -11,16 +11,32 @@ class InputError(ValueError):
     """The user's input is wrong. The message says where, what was got, what was expected and what to do."""
 
 
+class RunError(RuntimeError):
+    """The run cannot go on, though nobody's input is to blame: the disk, the network, the numbers. The message says what is saved and what to do."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself; `code` is the exit code that says so."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 1 anything else."""
+    """Runs `main` and exits: 0 done; 2 the input is wrong (its message on stderr, no traceback); 143 stopped and saved; 1 anything else."""
     warnings.simplefilter("ignore", FutureWarning)  # libraries telling each other about their next versions
     code = 0
     try:
         main()
-    except InputError as error:
+    except (InputError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
             print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, InputError) else 1
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        code = stopped.code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # the threads of a process group abort the interpreter's shutdown now and then, and a run that is done would seem to have failed
         atexit._run_exitfuncs()

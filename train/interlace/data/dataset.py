@@ -23,7 +23,7 @@ from interlace.data.ledger import Entry, Ledger
 from interlace.data.lengths import TooLong
 from interlace.data.reading import Headers, Record, Row, RowReader
 from interlace.data.sources import Source
-from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, to_batch
+from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, content_of, to_batch
 from interlace.errors import InputError
 
 _SHOWN = 20
@@ -58,6 +58,11 @@ class Rows(Sequence[Row]):
     def _admitted(self, name: str, positions: Sequence[np.ndarray]) -> np.ndarray:
         columns = [store.column(name)[part] for store, part in zip(self.stores, positions, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same rows in the same order, on whichever machine and in whichever folder they lie."""
+        return hashlib.sha256(" ".join(store.content for store in self.stores).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -179,7 +184,7 @@ def _build(sources: list[Source], folders: list[Path], reader: RowReader, worker
             if i not in making:
                 making[i] = _Making(folders[i], sources[i].file)
             if isinstance(batch, pa.RecordBatch):
-                making[i].writer.write_batch(batch)
+                making[i].write(batch)
                 count += batch.num_rows
             elif batch is None:
                 making.pop(i).finish()
@@ -203,10 +208,16 @@ class _Making:
         self.folder, self.file = folder, file
         self.scratch = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
         self.writer = pa.ipc.new_file(str(self.scratch / "rows.arrow"), SCHEMA)
+        self.content = hashlib.sha256()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self.writer.write_batch(batch)
+        self.content.update(content_of(batch))
 
     def finish(self) -> None:
         self.writer.close()
-        (self.scratch / "source.json").write_text(json.dumps({"file": self.file, "made": time.time()}) + "\n", encoding="utf-8")
+        source = {"file": self.file, "made": time.time(), "content": self.content.hexdigest()}
+        (self.scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
         self.scratch.chmod(0o755)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.scratch.rename(self.folder)

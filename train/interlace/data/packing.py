@@ -4,6 +4,7 @@ Every micro-batch holds at most `budget` tokens; every step has world size x acc
 plan's state is (epoch, step).
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -97,6 +98,15 @@ class Plan:
         self.sources = np.zeros(len(lengths), np.int64) if sources is None else np.asarray(sources)
         most, step = max(len(self._packed(epoch)) for epoch in range(epochs)), world_size * accumulation
         self.batches_per_epoch = -(-most // step) * step  # whole steps, so that the plan does not depend on the ranks
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same steps with the same micro-batches, however many ranks share them."""
+        settings = (self.budget, self.rows_per_batch, self.seed, self.world_size * self.accumulation, self.shuffle, self.batches_per_epoch)
+        content = hashlib.sha256(repr(settings).encode())
+        for values in (self.lengths, self.sources, () if self.copies is None else self.copies):
+            content.update(np.asarray(values, np.float64).tobytes())
+        return content.hexdigest()
 
     @property
     def batches_per_rank(self) -> int:

@@ -19,7 +19,7 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-_VERSION = 3  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 4  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from interlace.data.ledger import Entry
 from interlace.data.reading import Outcome, Row
@@ -105,6 +106,17 @@ def _spans(encoded: Encoded) -> list[dict[str, Any]]:
     return [{"start": start, "end": end, "weight": float(weights[start])} for start, end in spans]
 
 
+def content_of(batch: pa.RecordBatch) -> bytes:
+    """What a batch says about its rows, wherever their media lie: the same bytes for the same rows in the same order."""
+    media = batch.column("media").flatten()
+    names = pc.replace_substring_regex(media.field("path"), ".*/", "")
+    columns = [batch.column(name) for name in ("index", "status", "length", "num_images", "input_ids", "spans", "leaf_starts")]
+    table = pa.RecordBatch.from_arrays(columns, [str(number) for number in range(len(columns))])
+    numbers = ("offset", "size", "pts", "tokens")
+    of_media = pa.RecordBatch.from_arrays([names, *(media.field(name) for name in numbers)], ["name", *numbers])
+    return bytes(table.serialize()) + bytes(of_media.serialize())
+
+
 def file_state(path: str) -> tuple[int, int]:
     """(bytes, modification time in ns) of a file or folder; (-1, 0) if it is not there."""
     try:
@@ -128,7 +140,9 @@ class Store:
 
     def __init__(self, folder: Path, file: str, made: float | None = None):
         self.folder, self.file = folder, file
-        self.made: float = json.loads((folder / "source.json").read_text(encoding="utf-8"))["made"]
+        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        self.made: float = source["made"]
+        self.content: str = source["content"]  # a hash of the rows, see `content_of`
         if made not in (None, self.made):
             raise InputError(f"{folder}: the rows of {file} have been made anew by another run while this one was reading them; start it again")
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))

@@ -206,9 +206,13 @@ def save_processing(processing: Processing, folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a complete model in the layout of the hub ports, readable by older transformers and by serving tools."""
-    state = {hub_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a complete model in the layout of the hub ports, readable by older transformers and by serving tools.
+
+    Args:
+        weights: in place of the model's own, by the same names.
+    """
+    state = {hub_name(name): tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
     if model.config.get_text_config().tie_word_embeddings:
         state.pop("language_model.lm_head.weight", None)
     save_torch_state_dict(state, folder, max_shard_size="5GB")

@@ -1,144 +1,287 @@
-"""Where a run may write, what it resumes from, and weights that load back exactly."""
+"""Checkpoints: written aside, checksummed, and given their name only when they are whole; found again, the damaged ones set aside.
 
+Each rank writes its files into a folder of another name and notes their sizes and checksums; when all ranks have, the main process writes the manifest
+and renames the folder. So whatever has the name `checkpoint-N` was once whole, and its manifest tells whether it still is.
+"""
+
+import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+import psutil
+from safetensors import SafetensorError
 
 from interlace.errors import InputError
-from interlace.model.loading import Processing, hub_name, save_model, save_processing
-from interlace.model.tuning import TunedModel
 
-RECORDS = ("arguments.json", "environment.json", "ledger.json", "trainer_state.json", "train_results.json", "all_results.json", "training_curves.png")
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+MANIFEST = "manifest.json"
+LATEST = "checkpoint-latest"
 STATE_FILE = "trainer_state.json"
-# A resumed run goes on with the same weights, rows and order
-FIXED_KEYS = (
-    *("model_name_or_path", "lora", "lora_path", "lora_rank", "lora_target_modules", "use_dora", "load_in_4bit", "load_in_8bit"),
-    *("tunable_parts", "freeze_include", "freeze_exclude", "optim"),
-    *("dataset", "image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
-    *("packing", "per_device_train_batch_size", "max_tokens_per_batch"),
-)
+_SCRATCH = ".saving-checkpoint"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+Write = Callable[[Path], list[str]]  # writes into a folder and returns the names of the files
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints in a run's folder, oldest first; the Trainer writes the state file last."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, the optimizer step, and the manifest's words about the run it belongs to."""
+
+    folder: Path
+    step: int
+    about: dict[str, Any]
 
 
-def check_output_dir(output_dir: Path, resumes: bool, overwrite: bool, sources: Sequence[str]) -> None:
-    """Refuses a folder that holds another run or a model, and always one that the run starts from (`sources`).
+def step_of(folder: Path) -> int | None:
+    """The optimizer step in the name of a checkpoint's folder; None for any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match and not folder.is_symlink() else None
 
-    Raises:
-        InputError: it is a file, or holds a run and neither resuming nor overwriting was asked for.
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, oldest step first; whether they are whole still is another question."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) is not None), key=lambda path: step_of(path) or 0)
+
+
+# --- writing ---
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, in a thread of its own.
+
+    Args:
+        output_dir: shared by all ranks.
+        rank, world_size: of this process.
+        about: what the manifest says about the run.
+        limit: how many checkpoints to keep; None for all.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"output_dir: {output_dir} is a file; expected a folder, new or empty")
-    for source in sources:
-        if output_dir.resolve() == Path(source).resolve():
-            raise InputError(f"output_dir: {output_dir} is what this run starts from; choose another folder")
-    held = [path.name for pattern in (*RECORDS, *MODEL_FILES, "checkpoint-*") for path in output_dir.glob(pattern)]
-    if held and not resumes and not overwrite:
-        raise InputError(
-            f"output_dir: {output_dir} already holds a run or a model ({', '.join(held[:3])}); choose another folder, "
-            "or set resume_from_checkpoint: true to go on, or overwrite_output_dir: true to start over"
-        )
+
+    def __init__(self, output_dir: Path, rank: int, world_size: int, about: Mapping[str, Any], limit: int | None = None):
+        self.output_dir, self.rank, self.world_size, self.about, self.limit = output_dir, rank, world_size, dict(about), limit
+        self.step: int | None = None  # of the checkpoint that is being written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._future: Future[None] | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """Where the checkpoint stands until it is whole."""
+        return self.output_dir / f"{_SCRATCH}-{self.step}"
+
+    def begin(self, step: int, write: Write, num_bytes: int) -> None:
+        """Begins to write this rank's files of a checkpoint; the one before must have been settled.
+
+        Args:
+            write: writes the files; everything it needs must be its own, for training goes on meanwhile.
+            num_bytes: about what all ranks will write, to refuse early where the disk has no room.
+        """
+        assert self.step is None
+        self.step = step
+        self._future = self._thread.submit(self._write, write, num_bytes)
+
+    def _write(self, write: Write, num_bytes: int) -> None:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.scratch).free
+        if self.rank == 0 and free < num_bytes:
+            raise OSError(f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        files = {name: _checksum(self.scratch / name) for name in write(self.scratch)}
+        write_whole(self._part(self.rank), json.dumps(files))
+
+    def _part(self, rank: int) -> Path:
+        return self.scratch / f"part-{rank:05d}.json"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._future is not None and not self._future.done()
+
+    def problem(self) -> str | None:
+        """Waits until this rank has written; what the disk refused, if it did."""
+        error = None if self._future is None else self._future.exception()
+        if error is not None and not isinstance(error, (OSError, SafetensorError)):
+            raise error
+        return None if error is None else f"{self.scratch}: {error}"
+
+    def commit(self, best: Path | None) -> Path:
+        """On the main process, when all ranks have written: makes the checkpoint official, and the oldest beyond the limit go.
+
+        Args:
+            best: a checkpoint that stays in any case.
+
+        Raises:
+            OSError: the disk refused; what stood there before still stands.
+        """
+        assert self.rank == 0 and self.step is not None
+        files: dict[str, Any] = {}
+        for rank in range(self.world_size):
+            files |= json.loads(self._part(rank).read_text(encoding="utf-8"))
+            self._part(rank).unlink()
+        manifest = {"step": self.step, "world_size": self.world_size, **self.about, "files": dict(sorted(files.items()))}
+        write_whole(self.scratch / MANIFEST, json.dumps(manifest, indent=1))
+        _sync_folder(self.scratch)
+        final = self.output_dir / f"checkpoint-{self.step}"
+        remove_folder(final)  # of an earlier attempt at the same step
+        self.scratch.rename(final)
+        _sync_folder(self.output_dir)
+        point_latest(self.output_dir)
+        self._drop_oldest(best)
+        self.step, self._future = None, None
+        return final
+
+    def settled(self) -> None:
+        """On the other ranks: the main process has made the checkpoint official."""
+        self.step, self._future = None, None
+
+    def give_up(self) -> None:
+        """After a failure on any rank: removes what was written of the checkpoint."""
+        if self.rank == 0:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self.settled()
+
+    def _drop_oldest(self, best: Path | None) -> None:
+        folders = checkpoint_folders(self.output_dir)
+        spare = [folder for folder in folders[:-1] if best is None or folder.resolve() != best.resolve()]
+        kept = len(folders) - len(spare)
+        if self.limit is not None:
+            for folder in spare[: len(spare) - max(0, self.limit - kept)]:
+                remove_folder(folder)
 
 
-def find_resume(output_dir: Path, wanted: bool | str | None) -> Path | None:
-    """The checkpoint to resume from: the one named, the newest complete one for `true`, or None.
-
-    Raises:
-        InputError: the one named is no complete checkpoint.
-    """
-    if not wanted:
-        return None
-    if isinstance(wanted, str):
-        if not (Path(wanted) / STATE_FILE).is_file():
-            raise InputError(f"resume_from_checkpoint: {wanted}: no complete checkpoint; expected a folder with {STATE_FILE}")
-        return Path(wanted)
-    found = checkpoints(output_dir)
-    return found[-1] if found else None
+def _checksum(path: Path) -> dict[str, Any]:
+    """Brings a file to the disk; its bytes and SHA-256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def finished_steps(output_dir: Path) -> int:
-    """Steps of a run that has come to its end in this folder; 0 if none has."""
-    path = output_dir / STATE_FILE
-    return int(json.loads(path.read_text(encoding="utf-8"))["global_step"]) if path.is_file() else 0
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file on the disk under another name, then renames it."""
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
 
 
-def check_resume(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
-    """Refuses to resume with other data, order or trained weights than the run began with.
+def _sync_folder(folder: Path) -> None:
+    """Brings names of files to the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
-    Raises:
-        InputError: the keys that changed, with what they were and are.
-    """
-    path = checkpoint.parent / "arguments.json"
-    if not path.is_file():
+
+def remove_folder(folder: Path) -> None:
+    """Removes a checkpoint; it loses its name first, so that no half of it is ever taken for one."""
+    if folder.is_dir():
+        scratch = folder.with_name(f".removing-{folder.name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        folder.rename(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def point_latest(output_dir: Path) -> None:
+    """Lets `checkpoint-latest` name the newest checkpoint, in one step; without any, it goes."""
+    folders, scratch = checkpoint_folders(output_dir), output_dir / f".{LATEST}"
+    if not folders:
+        (output_dir / LATEST).unlink(missing_ok=True)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{name}: was {before.get(name)!r}, is {arguments[name]!r}" for name in FIXED_KEYS if before.get(name) != arguments[name]]
-    if changed:
-        raise InputError(f"{checkpoint} belongs to a run with other settings; change them back, or start over in another output_dir\n  " + "\n  ".join(changed))
+    if not (output_dir / LATEST).is_symlink() or (output_dir / LATEST).readlink() != Path(folders[-1].name):
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(folders[-1].name)
+        scratch.replace(output_dir / LATEST)
 
 
-def clear_run(output_dir: Path) -> None:
-    """Removes an earlier run's records, model and checkpoints, so that nothing of it can be taken for the new run's."""
-    for path in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    for pattern in (*RECORDS, *MODEL_FILES):
+def clear_scratch(output_dir: Path) -> None:
+    """Removes what an earlier process left half written or half removed."""
+    for pattern in (f"{_SCRATCH}-*", ".removing-checkpoint-*"):
         for path in output_dir.glob(pattern):
-            path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def save_tuned(tuned: TunedModel, processing: Processing, folder: Path) -> None:
-    """Writes the adapter, or the complete model in hub layout, with its processor and chat template."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if tuned.peft is not None:
-        tuned.peft.save_pretrained(str(folder), save_embedding_layers=False)
-    else:
-        if tuned.tower is not None:
-            tuned.tower.attach_to(tuned.base)
-        save_model(tuned.base, folder)
-        if tuned.tower is not None:
-            tuned.tower.detach_from(tuned.base)
-    save_processing(processing, folder)
+# --- finding ---
 
 
-def load_tuned(tuned: TunedModel, folder: Path) -> None:
-    """Loads what `save_tuned` wrote back into the model.
+def damage(folder: Path, allow_missing: bool = False) -> str | None:
+    """What is wrong with a checkpoint, by its manifest: the first file that is missing, cut short or changed; None if it is whole.
+
+    Args:
+        allow_missing: whether files may be missing.
+    """
+    try:
+        files: dict[str, Any] = _manifest(folder)["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read: {error}"
+    there = {name: expected for name, expected in files.items() if (folder / name).is_file()}
+    missing = sorted(set(files) - set(there))
+    if missing and not allow_missing:
+        return f"{missing[0]} is missing"
+    for name, expected in there.items():
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size:,} bytes, expected {expected['bytes']:,}"
+    with ThreadPoolExecutor(psutil.cpu_count() or 1) as threads:  # hashing runs beside the interpreter
+        same = threads.map(lambda name: _checksum(folder / name)["sha256"] == there[name]["sha256"], there)
+        return next((f"{name} is not what was written: its checksum differs" for name, is_same in zip(there, same, strict=True) if not is_same), None)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that has been found whole, or that the user trusts.
 
     Raises:
-        InputError: a weight that trains is not in the checkpoint, or none of the model's is where it should be.
+        InputError: it lacks what says where training stood.
     """
-    if tuned.peft is not None:
-        state = load_file(folder / "adapter_model.safetensors")
-        missing = set(get_peft_model_state_dict(tuned.peft, save_embedding_layers=False)) - set(state)
-        if not missing:
-            set_peft_model_state_dict(tuned.peft, state)
-    else:
-        state = _load_full(folder)
-        by_hub_name = {hub_name(name): tensor for name, tensor in tuned.base.state_dict().items()}
-        tied = tuned.base.config.get_text_config().tie_word_embeddings
-        missing = set(by_hub_name) - set(state) - ({"language_model.lm_head.weight"} if tied else set())
-        if not missing:
-            with torch.no_grad():
-                for name, tensor in by_hub_name.items():
-                    if name in state:
-                        tensor.copy_(state[name])
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} weights of this model are not in the checkpoint, {sorted(missing)[0]} among them")
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        about = _manifest(folder) if (folder / MANIFEST).is_file() else {}
+        return Checkpoint(folder, int(state["global_step"]), about)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: no complete checkpoint: {STATE_FILE} or {MANIFEST} cannot be read: {error}") from None
 
 
-def _load_full(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(path)
-    return state
+def newest_whole(output_dir: Path, problem_of: Callable[[Path], str | None], say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a folder; damaged ones on the way are renamed, and each is said with what is wrong.
+
+    Args:
+        problem_of: `damage`, or something more lenient.
+
+    Raises:
+        InputError: there are checkpoints, and none is whole.
+    """
+    problems = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        problem = problem_of(folder)
+        if problem is None:
+            point_latest(output_dir)
+            return open_checkpoint(folder)
+        aside = set_aside(folder, "damaged")
+        problems.append(f"{folder}: damaged: {problem}; it is now {aside.name}")
+        say(problems[-1])
+    point_latest(output_dir)
+    if problems:
+        raise InputError(
+            f"resume_from_checkpoint: no whole checkpoint is left in {output_dir}; start over with overwrite_output_dir: true, or name one yourself "
+            "with allow_partial_resume: true (files are missing) or trust_checkpoint: true (files were changed)\n  " + "\n  ".join(problems)
+        )
+    return None
+
+
+def set_aside(folder: Path, word: str) -> Path:
+    """Renames a checkpoint, so that it is never taken for a newest one; its new name."""
+    names = (folder.with_name(f"{word}-{folder.name}" + (f"-{number}" if number else "")) for number in range(1_000_000))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    return aside

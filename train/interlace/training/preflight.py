@@ -23,7 +23,6 @@ from interlace.errors import InputError
 from interlace.model.costs import BatchShape, StepCosts, step_costs
 from interlace.model.families import family_of
 from interlace.model.loading import Processing
-from interlace.training.checkpoint import check_output_dir
 from interlace.training.fitting import Fit, Search
 from interlace.training.forecast import (
     Columns,
@@ -48,6 +47,7 @@ from interlace.training.forecast import (
 )
 from interlace.training.probe import probe
 from interlace.training.rehearsal import Rehearsal
+from interlace.training.resume import check_output_dir
 from interlace.training.supervised import load_tuned_model, row_reader
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning, from checked arguments to a folder with the result."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,19 @@ from interlace.data.packing import Plan, token_budget
 from interlace.data.places import MediaFolder
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
-from interlace.errors import InputError
+from interlace.errors import InputError, Stopped
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.checkpoint import check_output_dir, check_resume, clear_run, find_resume, finished_steps
+from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
+from interlace.training.durable import Survival
+from interlace.training.ranks import Ranks
+from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
+from interlace.training.sharding import start_processes
+from interlace.training.stopping import StopSignals
 from interlace.training.tracking import ArgumentsToTracker, draw_curves, environment, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
+from interlace.training.watch import Watch
+from interlace.training.weights import load_weights
 
 
 def finetune(arguments: Arguments) -> None:
@@ -30,44 +38,72 @@ def finetune(arguments: Arguments) -> None:
 
     Raises:
         InputError: something in the arguments or the data is wrong; nothing has been written then.
+        RunError: the run cannot go on; its checkpoints stand.
+        Stopped: it was asked to stop, and has saved a checkpoint.
     """
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
-    if is_main_process():
-        sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
-        check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources)
-    resume = find_resume(output_dir, arguments["resume_from_checkpoint"])
-    if resume is not None:
-        check_resume(resume, without_secrets(arguments))
+    start_processes(arguments)
+    ranks = Ranks(arguments["ddp_timeout"])
+    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+    ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
+    checkpoint = ranks.on_main(lambda: find_checkpoint(output_dir, arguments, say))
+    if checkpoint is not None:
+        accumulation = accumulation_for(checkpoint, ranks.world_size, arguments["gradient_accumulation_steps"], say)
+        arguments = {**arguments, "gradient_accumulation_steps": accumulation, "eval_on_start": False}
+        check_settings(checkpoint, without_secrets(arguments), say)
     args = training_arguments(arguments)
     processing = processing_of(path, arguments)
     reader = row_reader(arguments, processing)
-    rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, args.process_index == 0)
+    rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, ranks.is_main)
     train = PlannedRows(rows, training_plan(rows, arguments, args))
+    data = f"{rows.fingerprint} {train.plan.fingerprint}"
     evaluation = evaluation_rows(arguments, reader, args)
     total_steps = args.max_steps if args.max_steps > 0 else -(-train.plan.steps_per_epoch * args.num_train_epochs // 1)
     if arguments["resume_from_checkpoint"] is True and finished_steps(output_dir) >= total_steps:
         say(f"{output_dir}: this run is finished ({finished_steps(output_dir)} steps); nothing to do")
         return
-    if arguments["resume_from_checkpoint"] is True and resume is None:
+    if checkpoint is not None:
+        check_data(checkpoint, data, arguments["accept_data_change"], say)
+    elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
     tuned = load_tuned_model(path, arguments, args)
+    if checkpoint is not None:
+        load_weights(tuned, checkpoint.folder)
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     tracker = ArgumentsToTracker(without_secrets(arguments))
-    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, tracker, int(total_steps))
-    if args.process_index == 0:
-        prepare_output(output_dir, arguments, ledger)
+    about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation}
+    signals, watch = StopSignals(), Watch(ranks, arguments["ddp_timeout"] / 2)
+    saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
+    survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
+    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, tracker, survival, int(total_steps))
+    saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
         tuned.packed.checkpoint_tower()
-    result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    with signals, watch.running():
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        watch.at(trainer.state.global_step, "saving")
+        trainer.finish_saving()
+        is_done = trainer.state.global_step >= total_steps
+        if is_done:
+            save_result(trainer, path, output_dir, result.metrics)
+    if not is_done:
+        assert trainer.stop_code is not None
+        again = "the same command with --resume_from_checkpoint true goes on"
+        raise Stopped(f"stopped at step {trainer.state.global_step} of {int(total_steps)}, which is saved; {again}", trainer.stop_code)
+
+
+def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: dict[str, float]) -> None:
+    """Writes the trained model and the records of the end; the state file comes last: with it, the run is finished."""
     trainer.save_model()
-    if args.process_index == 0:
+    if trainer.survival.ranks.is_main:
+        point_latest(output_dir)
         copy_licence(path, output_dir)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+        trainer.save_metrics("train", metrics)
         draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
-        report(trainer, output_dir, result.metrics)
+        write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")
+        report(trainer, output_dir, metrics)
 
 
 def build_trainer(
@@ -78,6 +114,7 @@ def build_trainer(
     evaluation: PlannedRows | None,
     rates: dict[str, float | None],
     tracker: ArgumentsToTracker,
+    survival: Survival,
     total_steps: int,
 ) -> PackedTrainer:
     """The trainer with its optimizer; the schedule is tried out, so that all that can be wrong with the arguments is wrong before the first write.
@@ -86,7 +123,7 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker])
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, [tracker], survival)
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}
@@ -221,14 +258,13 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     )
 
 
-def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger) -> None:
-    """Writes the records that stand before the first step."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if arguments["overwrite_output_dir"]:
-        clear_run(output_dir)
+def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger, checkpoint: Checkpoint | None) -> str:
+    """Writes the records that stand before the first step; the run's id."""
+    run = begin_branch(output_dir, checkpoint, arguments["overwrite_output_dir"])
     write_json(output_dir / "arguments.json", without_secrets(arguments))
     write_json(output_dir / "environment.json", environment())
     ledger.write(output_dir / "ledger.json")
+    return run
 
 
 def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) -> None:

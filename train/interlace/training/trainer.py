@@ -1,25 +1,29 @@
 """What the trainers share: packed batches and their plan under Hugging Face's `Trainer`."""
 
+import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
 from interlace.data.batch import Collator, NumberedRows, PackedBatch
 from interlace.data.packing import Plan, PlanLoader, PlanSampler
 from interlace.data.reading import Row
+from interlace.errors import InputError
 from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
-from interlace.training.checkpoint import load_tuned, save_tuned
+from interlace.training.durable import DurableTrainer, Survival
+from interlace.training.stopping import leave_signals_to_parent
 from interlace.training.tracking import ProgressBar
 
 
@@ -31,7 +35,7 @@ class PlannedRows:
     plan: Plan
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(DurableTrainer):
     """Hugging Face's `Trainer` on packed batches.
 
     Args:
@@ -40,6 +44,7 @@ class PackedTrainer(Trainer):
         args: Hugging Face's arguments.
         train, evaluation: rows with their plans.
         rates: learning rates of parts that have their own.
+        survival: what the run needs to outlive its accidents.
     """
 
     def __init__(
@@ -51,19 +56,19 @@ class PackedTrainer(Trainer):
         evaluation: PlannedRows | None,
         rates: Mapping[str, float | None],
         callbacks: list[Any],
+        survival: Survival,
     ):
-        self.tuned, self.processing = tuned, processing
         self.train_rows, self.eval_rows, self.rates = train, evaluation, dict(rates)
         placeholder = NumberedRows(train.rows)
-        super().__init__(model=tuned.packed, args=args, train_dataset=placeholder, eval_dataset=placeholder if evaluation else None, callbacks=callbacks)
+        super().__init__(
+            tuned, processing, survival, args=args, train_dataset=placeholder, eval_dataset=placeholder if evaluation else None, callbacks=callbacks
+        )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the whole step's token weight
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
-        # supervised tokens, right guesses among them, tokens, images since the last log
-        self._counts = torch.zeros(4, dtype=torch.float64)
+        self._epoch = 0
         self._last_log = time.perf_counter()
-        self._paused_seconds = 0.0
         self._waited_seconds = 0.0  # for data
 
     # --- data ---
@@ -78,6 +83,7 @@ class PackedTrainer(Trainer):
             pin_memory=pin and self.args.device.type == "cuda",
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_parent,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
         )
 
@@ -98,31 +104,39 @@ class PackedTrainer(Trainer):
 
     # --- the step ---
 
-    def get_batch_samples(self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device) -> Any:
-        """A step's micro-batches; the time spent waiting for them is counted."""
-        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+    def names_of(self, row_numbers: Sequence[int]) -> Sequence[str]:
+        """File and index of training rows."""
+        return _names(self.train_rows.rows, row_numbers)
 
-    def _timed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-        start = time.perf_counter()
-        for batch in batches:
-            self._waited_seconds += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:  # type: ignore[override]
+        self._epoch = epoch
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[PackedBatch], device: torch.device) -> torch.Tensor:  # type: ignore[override]
-        weight = sum((batch.weights.sum() for batch in batch_samples), torch.zeros(())).to(device)
-        return self.accelerator.reduce(weight, "sum")
+    def get_batch_samples(  # type: ignore[override]
+        self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[PackedBatch], float]:
+        """A step's micro-batches, and the sum of their token weights over all ranks; the time spent waiting for data is counted."""
+        start, step = time.perf_counter(), self.state.global_step + 1
+        self.survival.watch.at(step, "waiting for data")
+        batches, problem = _take(epoch_iterator, num_batches)
+        self._waited_seconds += time.perf_counter() - start
+        self.survival.watch.at(step, "agreeing on the step", lambda: self.names_of([number for batch in batches for number in batch.row_numbers]))
+        return batches, self.agree(sum(float(batch.weights.sum()) for batch in batches), problem)
 
     def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+        self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: float | None = None
     ) -> torch.Tensor:
         """The micro-batch's share of the step's mean loss per token, times the number of processes: DDP averages gradients."""
         assert num_items_in_batch is not None
+        self.survival.watch.at(self.state.global_step + 1, "training", partial(self.names_of, inputs.row_numbers))
+        torch.manual_seed(random_seed(self.args.seed, self._epoch, inputs.row_numbers[0]))
         scores: RowScores = model(**model_inputs(inputs, self.tuned.tower))
         counted = inputs.weights > 0
-        right = (scores.is_top1 & counted).sum()
-        self._counts += torch.tensor([counted.sum().item(), right.item(), inputs.num_tokens, inputs.num_images], dtype=torch.float64)
-        return supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch) * self.accelerator.num_processes
+        self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
+        self._counts[2:] += torch.tensor([inputs.num_tokens, inputs.num_images])
+        loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
+        self._in_step.append((loss.detach(), inputs.row_numbers))
+        return loss * self.accelerator.num_processes
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optim` names, with groups per part."""
@@ -141,13 +155,13 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
-            counts = torch.cat([self._counts, torch.tensor([self._waited_seconds])]).to(self.args.device, torch.float32)
-            supervised, right, tokens, images, waited = self.accelerator.reduce(counts, "sum").tolist()
+            supervised, right, tokens, images, waited = self.survival.ranks.sum([*self._counts.tolist(), self._waited_seconds])
             seconds = time.perf_counter() - self._last_log - self._paused_seconds
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
             logs["tokens_per_second"] = tokens / seconds
             logs["images_per_second"] = images / seconds
+            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
             logs["data_wait_share"] = waited / seconds / self.accelerator.num_processes
             self._counts.zero_()
             self._last_log, self._paused_seconds, self._waited_seconds = time.perf_counter(), 0.0, 0.0
@@ -166,14 +180,19 @@ class PackedTrainer(Trainer):
         packed, start = self.tuned.packed, time.time()
         training = packed.training
         packed.eval()
-        totals = torch.zeros(4, dtype=torch.float64)  # weighted loss, weight, right, supervised
-        for batch in self._loader(self.eval_rows, pin=False):
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # weighted loss, weight, right, supervised
+        rows = self.eval_rows.rows
+        batches = iter(self._loader(self.eval_rows, pin=False))
+        for _ in range(self.eval_rows.plan.batches_per_rank):
+            taken, problem = _take(batches, 1)
+            self.check_stop(problem)
+            (batch,) = taken
+            self.survival.watch.at(self.state.global_step, "evaluating", partial(_names, rows, batch.row_numbers))
             batch = batch.to(self.args.device)
             scores: RowScores = packed(**model_inputs(batch, self.tuned.tower))
             counted = batch.weights > 0
-            loss = -(scores.log_probs * batch.weights).sum()
-            totals += torch.tensor([loss.item(), batch.weights.sum().item(), (scores.is_top1 & counted).sum().item(), counted.sum().item()])
-        loss, weight, right, supervised = self.accelerator.reduce(totals.to(self.args.device, torch.float32), "sum").tolist()
+            totals += torch.stack([-(scores.log_probs * batch.weights).sum(), batch.weights.sum(), (scores.is_top1 & counted).sum(), counted.sum()])
+        loss, weight, right, supervised = self.survival.ranks.sum(totals.tolist())
         packed.train(training)
         metrics = {f"{metric_key_prefix}_loss": loss / weight, f"{metric_key_prefix}_token_accuracy": right / max(supervised, 1)}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
@@ -182,20 +201,23 @@ class PackedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # --- checkpoints ---
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        start = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        self._paused_seconds += time.perf_counter() - start
+def random_seed(seed: int, epoch: int, row: int) -> int:
+    """What dropout is drawn from in the micro-batch that begins with a row: the same on whichever rank, after whatever came before."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {row}".encode()).digest()[:8], "little") >> 1
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if self.args.should_save:
-            save_tuned(self.tuned, self.processing, Path(output_dir or str(self.args.output_dir)))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_tuned(self.tuned, Path(resume_from_checkpoint))
+def _take(batches: Iterator[PackedBatch | InputError], count: int) -> tuple[list[PackedBatch], str | None]:
+    """The next batches, or what is wrong with one of them: loaders raise it, and Hugging Face's, after a resume inside an epoch, hand it over."""
+    try:
+        taken = list(itertools.islice(batches, count))
+    except InputError as error:
+        return [], str(error)
+    problem = next((str(batch) for batch in taken if isinstance(batch, InputError)), None)
+    return ([], problem) if problem else (taken, None)  # type: ignore[return-value]
 
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        load_tuned(self.tuned, Path(self.state.best_model_checkpoint))
+
+def _names(rows: Sequence[Row], numbers: Sequence[int]) -> list[str]:
+    """File and index of rows; `~row` is a filler of the plan."""
+    chosen = [rows[max(number, ~number)] for number in numbers]
+    return [f"{row.file}: row {row.index}" for row in chosen]

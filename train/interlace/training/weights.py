@@ -1,0 +1,85 @@
+"""The trained weights between a model and a folder: gathered from all ranks, written so that everybody can read them, loaded back exactly."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from interlace.errors import InputError
+from interlace.model.loading import Processing, hub_name, save_model, save_processing
+from interlace.model.tuning import TunedModel
+
+Weights = dict[str, torch.Tensor]
+
+
+def copy_of_weights(tuned: TunedModel, parameters: Iterable[tuple[str, torch.Tensor | None]], is_main: bool) -> Weights:
+    """A copy on the CPU of all that has to be saved, by names in `tuned.base`; empty except on the main process. What is frozen is not copied.
+
+    Args:
+        parameters: whole parameters by names in `tuned.packed`, one after the other, or None where this process does not get them.
+    """
+    weights: Weights = {}
+    trained = {name for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad}
+    for name, tensor in parameters:
+        if is_main and tensor is not None:
+            weights[name.removeprefix("model.")] = tensor.to("cpu", copy=name in trained)
+    if is_main and tuned.peft is None:
+        weights |= {name: buffer.to("cpu", copy=True) for name, buffer in _buffers(tuned).items()}
+        if tuned.tower is not None:
+            start = f"model.{tuned.packed.family.vision_tower}."
+            weights |= {start + name: tensor.to("cpu") for name, tensor in tuned.tower.module.state_dict().items()}
+    return weights
+
+
+def _buffers(tuned: TunedModel) -> Weights:
+    parameters = {name for name, _ in tuned.base.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in tuned.base.state_dict().items() if name not in parameters}
+
+
+def save_weights(tuned: TunedModel, weights: Weights, processing: Processing, folder: Path) -> None:
+    """Writes the adapter, or the complete model in hub layout, with its processor and chat template.
+
+    Args:
+        weights: as `copy_of_weights` gives them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if tuned.peft is not None:
+        state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        tuned.peft.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    else:
+        save_model(tuned.base, folder, weights)
+    save_processing(processing, folder)
+
+
+def load_weights(tuned: TunedModel, folder: Path) -> None:
+    """Loads what `save_weights` wrote back into a model that no engine has wrapped yet.
+
+    Raises:
+        InputError: a weight that trains is not in the checkpoint, or none of the model's is where it should be.
+    """
+    if tuned.peft is not None:
+        state = load_file(folder / "adapter_model.safetensors")
+        missing = set(get_peft_model_state_dict(tuned.peft, save_embedding_layers=False)) - set(state)
+        if not missing:
+            set_peft_model_state_dict(tuned.peft, state)
+    else:
+        state = _load_full(folder)
+        by_hub_name = {hub_name(name): tensor for name, tensor in tuned.base.state_dict().items()}
+        tied = tuned.base.config.get_text_config().tie_word_embeddings
+        missing = set(by_hub_name) - set(state) - ({"language_model.lm_head.weight"} if tied else set())
+        if not missing:
+            with torch.no_grad():
+                for name, tensor in by_hub_name.items():
+                    if name in state:
+                        tensor.copy_(state[name])
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights of this model are not in the checkpoint, {sorted(missing)[0]} among them")
+
+
+def _load_full(folder: Path) -> Weights:
+    state: Weights = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(path)
+    return state
