@@ -7,14 +7,17 @@ hostfile=$1
 shift
 hosts=$(sed -E '/^[[:space:]]*(#|$)/d; s/^[[:space:]]*([^[:space:]]+).*/\1/' "$hostfile" | paste -sd, -)
 
-# deepspeed passes on what stands in this file and little else; a blank line or a comment in it is a crash
+# deepspeed passes on what stands in this file and little else; a blank line or a comment in it is a crash. It also prints all of it, so no secrets.
 DS_ENV_FILE=$(mktemp)
-export DS_ENV_FILE
+export DS_ENV_FILE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does: processes that take all cores each stand in each other's way
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 mark=$(cat /proc/sys/kernel/random/uuid)
 {
+  for name in $(compgen -e | grep -E '^(PATH|(OMP|HF|INTERLACE|WANDB|TORCH|GLOO|NCCL)_.*)$' | grep -vE 'TOKEN|KEY|SECRET|PASSWORD' || true); do
+    printf '%s=%s\n' "$name" "${!name}"
+  done
   grep -E '^[A-Za-z_][A-Za-z0-9_]*=' "$(dirname "$0")/environment" || true
-  printf '%s\n' "PATH=$PATH" "INTERLACE_LAUNCH=$mark"
+  echo "INTERLACE_LAUNCH=$mark"
 } > "$DS_ENV_FILE"
 
 # a host that does not answer for 15 seconds is lost: without this, ssh waits for hours

@@ -9,11 +9,12 @@
 #SBATCH --signal=USR1@600
 set -euo pipefail
 set -a
-# shellcheck source=environment
+# shellcheck source=/dev/null
 source "$SLURM_SUBMIT_DIR/launch/environment"
 set +a
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
 
 code=0

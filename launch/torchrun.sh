@@ -4,7 +4,7 @@
 # usage: launch/torchrun.sh [torchrun options] train/SCRIPT.py CONFIG.json [--key value ...]
 set -euo pipefail
 set -a
-# shellcheck source=launch/environment
+# shellcheck source=/dev/null
 source "$(dirname "$0")/environment"
 set +a
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun's own list lacks SIGUSR1

@@ -1,7 +1,7 @@
 """A rank that answers signals as a training process does, without the seconds that loading takes: at the next step all ranks agree to stop, save and exit 143.
 
-usage: stand_in.py FOLDER STEPS SAVING_SECONDS; leaves `rank-N` with the step at which the rank saved and what it caught, and goes on from there when it is started
-again; leaves `done-N` at the end
+usage: stand_in.py FOLDER STEPS SAVING_SECONDS; leaves `rank-N` with the step at which the rank saved and what it caught, from where it goes on if
+started again, and `done-N` at the end
 """
 
 import os
