@@ -38,7 +38,7 @@ test-slow: setup
 # two hosts on this machine; skips, and says why, where it is not root or namespaces are forbidden
 test-multinode: setup
 	tests/multinode/install.sh
-	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -m multinode tests/multinode
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m multinode tests/multinode
 
 bench: setup
 	$(ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONPATH=train $(BIN)/python benchmarks/run.py
