@@ -20,7 +20,7 @@ SlurmctldHost=node-a
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/run/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -85,8 +85,9 @@ class Cluster:
         self.until(f"it prints {text!r}", lambda: text in self.output.read_text(), seconds)
 
     def release(self, job: str) -> None:
-        """Lets a requeued job start now: SLURM holds it back for two minutes."""
+        """Lets a requeued job start soon: SLURM holds it back for two minutes."""
         self.until("the job is back in the queue", lambda: self.state(job) == "PENDING", 60)
+        time.sleep(5)  # a node that has not yet done with the job's last start kills the next one
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
