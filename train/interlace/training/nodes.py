@@ -59,8 +59,8 @@ def meet(arguments: Mapping[str, Any]) -> Ranks:
         rank, size, address, port = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         networks = " and ".join(f"{name} ({os.environ.get(name, 'not set')})" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
         raise RunError(
-            f"rank {rank} of {size} on {socket.gethostname()} did not find the others within {timeout_seconds} seconds (ddp_timeout): {_first_line(error)}\n"
-            f"  MASTER_ADDR ({address}) has to be an address of rank 0's machine that every node reaches; MASTER_PORT ({port}) and the ports above it\n"
+            f"rank {rank} of {size} on {socket.gethostname()} did not find the others (ddp_timeout: {timeout_seconds} seconds): {_first_line(error)}\n"
+            f"  MASTER_ADDR ({address}) has to be an address of rank 0's machine that every node reaches; MASTER_PORT ({port}) and the ports above 1024\n"
             "  have to be open between the nodes\n"
             f"  {networks} have to name the network that joins the nodes, where a machine's own name resolves to 127.0.1.1\n"
             "  and every node has to have been started; launch/README.md says more"
