@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
-.PHONY: setup demo demo-model test test-slow check bench schema clean
+.PHONY: setup demo demo-model test test-slow test-multinode check bench schema clean
 
 setup: .venv/ready
 
@@ -30,10 +30,15 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not multinode"
 
 test-slow: setup
-	$(ENVIRONMENT) $(BIN)/pytest -m slow
+	$(ENVIRONMENT) $(BIN)/pytest -m "slow and not multinode"
+
+# two hosts on this machine; skips, and says why, where it is not root or namespaces are forbidden
+test-multinode: setup
+	tests/multinode/install.sh
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m multinode tests/multinode
 
 bench: setup
 	$(ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONPATH=train $(BIN)/python benchmarks/run.py

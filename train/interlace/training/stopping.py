@@ -6,12 +6,12 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 
 
 class StopSignals:
-    """Between `with` and its end, SIGTERM, SIGUSR1 and Ctrl-C only ask for a stop: `requested` is the exit code to end with, or None. A second Ctrl-C
-    ends the process at once."""
+    """Between `with` and its end, SIGTERM, SIGUSR1, a closed terminal and Ctrl-C only ask for a stop: `requested` is the exit code to end with, or None.
+    A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -19,7 +19,8 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
+        heard = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]  # nohup has a closed terminal ignored
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

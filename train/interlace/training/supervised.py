@@ -24,9 +24,9 @@ from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
 from interlace.training.durable import Survival
-from interlace.training.ranks import Ranks
+from interlace.training.nodes import check_nodes, meet
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
-from interlace.training.sharding import deepspeed_settings, settle, start_processes
+from interlace.training.sharding import deepspeed_settings, settle
 from interlace.training.stopping import StopSignals
 from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
@@ -43,8 +43,7 @@ def finetune(arguments: Arguments) -> None:
         Stopped: it was asked to stop, and has saved a checkpoint.
     """
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
-    start_processes(arguments)
-    ranks = Ranks(arguments["ddp_timeout"])
+    ranks = meet(arguments)
     sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
     checkpoint = ranks.on_main(lambda: find_checkpoint(output_dir, arguments, say))
@@ -58,6 +57,7 @@ def finetune(arguments: Arguments) -> None:
     rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, ranks.is_main)
     train = PlannedRows(rows, training_plan(rows, arguments, args))
     data = f"{rows.fingerprint} {train.plan.fingerprint}"
+    check_nodes(ranks, without_secrets(arguments), path, data, say)
     evaluation = evaluation_rows(arguments, reader, args)
     total_steps = args.max_steps if args.max_steps > 0 else -(-train.plan.steps_per_epoch * args.num_train_epochs // 1)
     if arguments["resume_from_checkpoint"] is True and finished_steps(output_dir) >= total_steps:

@@ -97,7 +97,7 @@ class Watch:
         self._address = (host, self.ranks.gather(None if self._server is None else self._server.port)[0])
 
     def _connect(self) -> TCPStore:
-        return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.silent_seconds))
+        return TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5 * self.beat_seconds))
 
     def _tell(self, verdict: str) -> None:
         """Leaves a word for all ranks; the first one stands."""
