@@ -1,4 +1,4 @@
-"""Soak test: the demo's LoRA run for 2,000 steps, once undisturbed and once killed at random about every minute; the same losses, the same weights, memory flat.
+"""Soak test: the demo's LoRA run for 2,000 steps, undisturbed and killed at random about every minute: same losses, same weights, memory flat.
 
     python benchmarks/soak.py [STEPS]
 
@@ -79,10 +79,11 @@ def main() -> None:
     text = [
         "# Soak: a run that is killed again and again",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; both runs at once, one thread each. `python benchmarks/soak.py {steps}`",
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}; "
+        f"{time.strftime('%Y-%m-%d')}; both runs at once, one thread each. `python benchmarks/soak.py {steps}`",
         "",
-        f"The demo's LoRA run (configs/lora_sft_argument.json, 16 rows per step), {steps:,} steps, a checkpoint every 50; SIGKILL after {BETWEEN_KILLS[0]:.0f} to "
-        f"{BETWEEN_KILLS[1]:.0f} seconds, then the same command again.",
+        f"The demo's LoRA run (configs/lora_sft_argument.json, 16 rows per step), {steps:,} steps, a checkpoint every 50; "
+        f"SIGKILL after {BETWEEN_KILLS[0]:.0f} to {BETWEEN_KILLS[1]:.0f} seconds, then the same command again.",
         "",
         "| | |",
         "|---|---|",
