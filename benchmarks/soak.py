@@ -82,7 +82,7 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}; "
         f"{time.strftime('%Y-%m-%d')}; both runs at once, one thread each. `python benchmarks/soak.py {steps}`",
         "",
-        f"The demo's LoRA run (configs/lora_sft_argument.json, 16 rows per step), {steps:,} steps, a checkpoint every 50; "
+        f"The demo's LoRA run (configs/lora_sft_argument.json), {steps:,} steps, a checkpoint every 50; "
         f"SIGKILL after {BETWEEN_KILLS[0]:.0f} to {BETWEEN_KILLS[1]:.0f} seconds, then the same command again.",
         "",
         "| | |",
