@@ -35,7 +35,6 @@ def command(output_dir: Path, steps: int) -> list[str]:
         "report_to": "none",
         "disable_tqdm": "true",
         "dataloader_num_workers": 0,
-        "per_device_train_batch_size": 16,
     }
     return config + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 

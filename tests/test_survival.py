@@ -66,6 +66,10 @@ def logged(folder: Path, name: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "checkpoint-latest" / "manifest.json").read_text())  # type: ignore[no-any-return]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*model.safetensors")))
 
@@ -337,6 +341,7 @@ def assert_close_end(first: Path, second: Path) -> None:
 
 
 def test_two_ranks_make_the_steps_of_one_dropout_and_all(undisturbed: Path, undisturbed_pair: Path) -> None:
+    assert manifest(undisturbed)["engine"] == "PackedModel" and manifest(undisturbed_pair)["engine"] == "DistributedDataParallel"
     assert_close_end(undisturbed, undisturbed_pair)
 
 
@@ -383,6 +388,7 @@ def test_under_every_engine_a_stop_and_a_resume_change_nothing_and_broken_number
         return (tmp_path / "logs" / "0").read_text()[-3000:]
 
     assert run("straight") == [0, 0], said()
+    assert manifest(tmp_path / "straight")["engine"] == ("FSDPPackedModel" if engine == "fsdp" else f"DeepSpeedEngine, ZeRO stage {engine[-1]}")
     assert run("stopped", Accident("interlace.training.trainer:supervised_loss", 4, change=Ask(signal.SIGUSR1))) == [143, 143], said()
     assert_safe(tmp_path / "stopped")
     assert run("stopped") == [0, 0], said()

@@ -21,7 +21,7 @@ from interlace.model.tuning import TunedModel
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, Write
 from interlace.training.fragments import WEIGHT, full_parameters, local_fragments, restore_fragments, set_weights
 from interlace.training.ranks import Ranks
-from interlace.training.sharding import float32_weights, slice_weights
+from interlace.training.sharding import engine_of, float32_weights, slice_weights
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, optimizer_file, plain, read_json_state, write_fragments
 from interlace.training.stopping import StopSignals
 from interlace.training.watch import Watch
@@ -224,6 +224,7 @@ class DurableTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if exact:
             set_weights(self.model_wrapped, exact)
+        self.survival.saver.about["engine"] = engine_of(self.model_wrapped)
         checkpoint = self.survival.checkpoint
         if checkpoint is not None:
             self._restore_optimizer(checkpoint.folder)

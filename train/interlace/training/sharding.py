@@ -5,7 +5,7 @@ import importlib.util
 import os
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -124,3 +124,9 @@ def slice_weights(packed: nn.Module, args: TrainingArguments, max_steps: int) ->
     for module in packed.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(args.device)
+
+
+def engine_of(model: nn.Module) -> str:
+    """What trains a model that the Trainer has wrapped: "DeepSpeedEngine, ZeRO stage 2", "FSDPPackedModel", "DistributedDataParallel", "PackedModel"."""
+    name, engine = type(model).__name__, cast(Any, model)
+    return f"{name}, ZeRO stage {engine.zero_optimization_stage()}" if name == "DeepSpeedEngine" else name
