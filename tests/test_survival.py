@@ -6,7 +6,9 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,36 @@ def no_room(usage: Any) -> Any:
     return usage._replace(free=1000)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 700 KiB: room for the run's records and a few checkpoints, not for all."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_really_is_full(tiny_dir: Path, data: Path, small_disk: Path, tmp_path: Path) -> None:
+    arguments = arguments_for(tiny_dir, data, small_disk / "run", save_total_limit=None, save_steps=1, cache_dir=str(tmp_path / "cache"))
+    assert finish(run_in_process(arguments, tmp_path / "log")) == 1
+    assert "could not be written" in (tmp_path / "log").read_text()
+    whole = checkpoint_folders(small_disk / "run")
+    assert whole, "those before it stand"
+    assert_safe(small_disk / "run")
+
+
+def test_a_result_that_cannot_be_written_is_no_traceback_and_is_written_later(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    full = Accident("interlace.training.supervised:draw_curves", error=DISK_FULL)
+    assert finish(run_in_process(arguments, tmp_path / "log", [full])) == 1
+    said = (tmp_path / "log").read_text()
+    assert "the result could not be written" in said and "No space left" in said and "Traceback" not in said
+    succeeds(arguments, tmp_path / "log")
+    assert_same_end(undisturbed, Path(arguments["output_dir"]))
+
+
 # --- being asked to stop ---
 
 
@@ -356,6 +388,32 @@ def test_all_ranks_stop_at_one_step_whichever_was_asked(arguments: dict[str, Any
     assert len(list((folder / "checkpoint-latest").glob("optimizer-*-of-00002.safetensors"))) == 2
     assert [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2)] == [0, 0]
     assert_same_end(undisturbed_pair, folder)
+
+
+@pytest.mark.slow
+def test_ten_signals_at_random_moments_leave_one_consistent_checkpoint_each(arguments: dict[str, Any], undisturbed_pair: Path, tmp_path: Path) -> None:
+    """To either rank or both, up to half a second apart, in steps, saves and evaluations; a signal before training begins ends the process at once."""
+    arguments, randomness, stops, ends = {**arguments, "gradient_accumulation_steps": 1}, random.Random(1), 0, 0
+    while stops < 10 or not ends:
+        folder = tmp_path / f"run_{ends}"
+        ranks = run_ranks({**arguments, "output_dir": str(folder)}, tmp_path / "logs", 2)
+        log = tmp_path / "logs" / "0"
+        while "'loss'" not in (log.read_text() if log.exists() else "") and ranks[0].is_alive():
+            time.sleep(0.01)
+        time.sleep(randomness.uniform(0, 0.3))
+        asked = randomness.choice([(0,), (1,), (0, 1)])
+        for rank in asked:
+            os.kill(ranks[rank].pid or 0, randomness.choice([signal.SIGTERM, signal.SIGUSR1]))
+            time.sleep(randomness.uniform(0, 0.5) if len(asked) > 1 else 0)
+        codes = [finish(rank) for rank in ranks]
+        assert codes in ([143, 143], [0, 0]), log.read_text()[-3000:]
+        assert_safe(folder)
+        if codes == [0, 0]:
+            assert_same_end(undisturbed_pair, folder)
+            ends += 1
+        else:
+            stops += 1
+            assert (folder / "checkpoint-latest").is_symlink()
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 
@@ -18,7 +19,7 @@ from interlace.data.packing import Plan, token_budget
 from interlace.data.places import MediaFolder
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
-from interlace.errors import InputError, Stopped
+from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.redaction import without_secrets
@@ -95,15 +96,24 @@ def finetune(arguments: Arguments) -> None:
 
 
 def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: dict[str, float]) -> None:
-    """Writes the trained model and the records of the end; the state file comes last: with it, the run is finished."""
-    trainer.save_model()
-    if trainer.survival.ranks.is_main:
-        point_latest(output_dir)
-        copy_licence(path, output_dir)
-        trainer.save_metrics("train", metrics)
-        draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
-        write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")
-        report(trainer, output_dir, metrics)
+    """Writes the trained model and the records of the end; the state file comes last: with it, the run is finished.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    try:
+        trainer.save_model()
+        if trainer.survival.ranks.is_main:
+            point_latest(output_dir)
+            copy_licence(path, output_dir)
+            trainer.save_metrics("train", metrics)
+            draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
+            write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")
+            report(trainer, output_dir, metrics)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{output_dir}: the result could not be written: {error}; the checkpoints still stand. Make room and start again with resume_from_checkpoint: true"
+        ) from error
 
 
 def build_trainer(
