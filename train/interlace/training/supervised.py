@@ -26,6 +26,7 @@ from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
 from interlace.training.durable import Survival
 from interlace.training.nodes import check_nodes, meet
+from interlace.training.ranks import Ranks
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.sharding import deepspeed_settings, settle
 from interlace.training.stopping import StopSignals
@@ -43,8 +44,14 @@ def finetune(arguments: Arguments) -> None:
         RunError: the run cannot go on; its checkpoints stand.
         Stopped: it was asked to stop, and has saved a checkpoint.
     """
-    output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     ranks = meet(arguments)
+    watch = Watch(ranks, arguments["ddp_timeout"] / 2)
+    with watch.running():
+        _finetune(arguments, ranks, watch)
+
+
+def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
+    output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
     checkpoint = ranks.on_main(lambda: find_checkpoint(output_dir, arguments, say))
@@ -74,7 +81,7 @@ def finetune(arguments: Arguments) -> None:
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation}
-    signals, watch = StopSignals(), Watch(ranks, arguments["ddp_timeout"] / 2)
+    signals = StopSignals()
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))
@@ -82,7 +89,7 @@ def finetune(arguments: Arguments) -> None:
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
         tuned.packed.checkpoint_tower()
-    with signals, watch.running():
+    with signals:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         watch.at(trainer.state.global_step, "saving")
         trainer.finish_saving()

@@ -53,7 +53,7 @@ class Watch:
     def __init__(self, ranks: Ranks, stuck_seconds: float, silent_seconds: float = 40, beat_seconds: float = 2):
         self.ranks, self.stuck_seconds, self.silent_seconds, self.beat_seconds = ranks, stuck_seconds, silent_seconds, beat_seconds
         self.position = Position()
-        self._moved = time.monotonic()
+        self._moved: float | None = None  # since when it has been there; preparing may take hours, and one rank may do it for all
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._main_thread = threading.main_thread().ident
@@ -62,7 +62,7 @@ class Watch:
         self._address = ("", 0)
 
     def at(self, step: int, doing: str, rows: Callable[[], Sequence[str]] = tuple) -> None:
-        """Says where the main thread is now."""
+        """Says where the main thread is now; from the first time on, it has to get on."""
         self.position, self._moved = Position(step, doing, rows), time.monotonic()
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Watch:
             except RuntimeError:
                 if not self._is_over.wait(2 * self.beat_seconds):  # at the end of a run rank 0 may be the first to leave
                     self._end(f"rank 0 on {self._hosts[0]} cannot be reached any more: it died, or the network did")
-            still = time.monotonic() - self._moved
+            still = 0.0 if self._moved is None else time.monotonic() - self._moved
             if still > self.stuck_seconds and not reported:
                 reported = True
                 self._report(still, heard)
