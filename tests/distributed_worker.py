@@ -19,9 +19,9 @@ from interlace.data.packing import MicroBatch, Plan
 from interlace.model.loading import resolve_model_path
 from interlace.training import supervised
 from interlace.training.checkpoint import Saver
-from interlace.training.durable import Survival
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.ranks import Ranks
+from interlace.training.restoring import Survival
 from interlace.training.sharding import start_processes
 from interlace.training.stopping import StopSignals
 from interlace.training.trainer import PackedTrainer, PlannedRows

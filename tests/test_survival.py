@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.errors import InputError
-from interlace.training.checkpoint import checkpoint_folders, damage
+from interlace.training.checkpoint import checkpoint_folders, damage, step_of
 from interlace.training.resume import find_checkpoint
 from interlace.training.supervised import finetune
 from tests.accidents import DISK_FULL, Accident, finish, run_in_process, run_ranks
@@ -98,7 +98,7 @@ def succeeds(arguments: dict[str, Any], log: Path) -> None:
 # --- kill -9 ---
 
 PHASES = {
-    "before the folder is made": Accident(CHECKPOINT + "shutil.disk_usage", 2),
+    "before the folder is made": Accident(CHECKPOINT + "_free_bytes", 2),
     "before the optimizer's file": Accident("interlace.training.durable:write_fragments", 2),
     "before the weights": Accident("interlace.training.durable:save_weights", 2),
     "between weights and processor": Accident("interlace.training.weights:save_processing", 2),
@@ -269,13 +269,13 @@ def test_a_file_that_the_system_refuses_to_grow_ends_the_run_with_its_reason(arg
 
 
 def test_a_disk_without_room_is_seen_before_anything_is_written(arguments: dict[str, Any], tmp_path: Path) -> None:
-    small = Accident(CHECKPOINT + "shutil.disk_usage", 1, change=no_room)
+    small = Accident(CHECKPOINT + "_free_bytes", 1, change=no_room)
     assert finish(run_in_process(arguments, tmp_path / "log", [small])) == 1
     assert "GB are free" in (tmp_path / "log").read_text()
 
 
-def no_room(usage: Any) -> Any:
-    return usage._replace(free=1000)
+def no_room(_: int) -> int:
+    return 1000
 
 
 @pytest.fixture
@@ -352,6 +352,34 @@ def test_asked_to_stop_in_an_evaluation_it_does_not_finish_it(arguments: dict[st
     assert (Path(arguments["output_dir"]) / "checkpoint-3").is_dir()
     succeeds(arguments, tmp_path / "log")
     assert_same_end(undisturbed, Path(arguments["output_dir"]))
+
+
+@pytest.mark.parametrize("micro_batch", [5, 2 * STEPS], ids=["in the step of an evaluation", "in the last step"])
+def test_a_stop_costs_no_evaluation_and_no_best_checkpoint(arguments: dict[str, Any], tmp_path: Path, micro_batch: int) -> None:
+    """The last step is the worst one here, so that it is seen which one the result is."""
+    arguments |= {"save_steps": 1, "save_total_limit": 1, "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    arguments["metric_for_best_model"] = "eval_loss"
+    whole, folder = {**arguments, "output_dir": str(tmp_path / "whole")}, Path(arguments["output_dir"])
+    succeeds(whole, tmp_path / "log")
+    asked = Accident("interlace.training.trainer:supervised_loss", micro_batch, change=Ask(signal.SIGTERM))
+    assert finish(run_in_process(arguments, tmp_path / "log", [asked])) == 143, (tmp_path / "log").read_text()
+    assert damage(folder / "checkpoint-latest") is None
+    assert step_of((folder / "checkpoint-latest").resolve()) == (micro_batch + 1) // 2, "the newest one, not the best one"
+    succeeds(arguments, tmp_path / "log")
+    assert_same_end(tmp_path / "whole", folder)
+    assert logged(folder, "eval_loss") == logged(tmp_path / "whole", "eval_loss")
+
+
+def test_killed_before_the_end_was_noted_it_makes_no_step_more(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """The last step is inside an epoch."""
+    arguments["max_steps"] = STEPS - 1
+    killed = Accident("interlace.training.supervised:draw_curves", 1, "after")
+    assert finish(run_in_process(arguments, tmp_path / "log", [killed])) == -signal.SIGKILL
+    folder = Path(arguments["output_dir"])
+    before = weights(folder)
+    succeeds(arguments, tmp_path / "log")
+    assert max(logged(folder)) == STEPS - 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
 
 
 # --- several ranks ---
@@ -633,6 +661,28 @@ def test_another_learning_rate_is_said_and_taken(arguments: dict[str, Any], undi
     before, after = logged(undisturbed, "learning_rate"), logged(Path(arguments["output_dir"]), "learning_rate")
     assert after[7] == pytest.approx(before[7] / 2)
     assert after[6] == before[6]
+
+
+def test_another_save_interval_is_taken(arguments: dict[str, Any], undisturbed: Path) -> None:
+    finetune(resumed(arguments, undisturbed, save_steps=1))
+    assert [path.name for path in checkpoint_folders(Path(arguments["output_dir"]))] == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_a_checkpoint_from_elsewhere_sets_all_that_are_here_aside(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "checkpoint-6", tmp_path / "theirs" / "checkpoint-6")
+    folder = Path(arguments["output_dir"])
+    shutil.copytree(undisturbed, folder, symlinks=True)
+    theirs = {**arguments, "resume_from_checkpoint": str(tmp_path / "theirs" / "checkpoint-6")}
+    assert finish(run_in_process(theirs, tmp_path / "log", [Accident("interlace.training.trainer:supervised_loss", 2)])) == -signal.SIGKILL
+    assert not checkpoint_folders(folder)
+
+
+def test_trust_does_not_excuse_a_missing_file(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    for name in ("scheduler.json", "progress.json", "optimizer-00000-of-00001.safetensors"):
+        shutil.copytree(undisturbed / "checkpoint-6", tmp_path / name / "checkpoint-6")
+        (tmp_path / name / "checkpoint-6" / name).unlink()
+        with pytest.raises(InputError, match="is missing"):
+            find_checkpoint(tmp_path, {**arguments, "resume_from_checkpoint": str(tmp_path / name / "checkpoint-6"), "trust_checkpoint": True}, print)
 
 
 def test_going_back_sets_the_newer_checkpoints_aside(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class Saver:
 
     def _write(self, write: Write, num_bytes: int) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.scratch).free
+        free = _free_bytes(self.scratch)
         if self.rank == 0 and free < num_bytes:
             raise OSError(f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
         files = {name: _checksum(self.scratch / name) for name in write(self.scratch)}
@@ -152,6 +152,10 @@ class Saver:
                 remove_folder(folder)
 
 
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
 def _checksum(path: Path) -> dict[str, Any]:
     """Brings a file to the disk; its bytes and SHA-256."""
     with path.open("rb") as file:
@@ -167,6 +171,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Brings a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

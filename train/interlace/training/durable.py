@@ -6,50 +6,25 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
-from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, Write
-from interlace.training.fragments import WEIGHT, full_parameters, local_fragments, restore_fragments, set_weights
-from interlace.training.ranks import Ranks
-from interlace.training.sharding import engine_of, float32_weights, slice_weights
-from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, optimizer_file, plain, read_json_state, write_fragments
-from interlace.training.stopping import StopSignals
-from interlace.training.watch import Watch
+from interlace.training.checkpoint import STATE_FILE, Write, damage, sync_file
+from interlace.training.fragments import WEIGHT, full_parameters, local_fragments
+from interlace.training.restoring import RestoredTrainer, Survival
+from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, optimizer_file, plain, write_fragments
 from interlace.training.weights import Weights, copy_of_weights, is_adapter, save_weights
 
 COPIED = ("arguments.json", "ledger.json")  # records of the run that each checkpoint holds too
 
 
-@dataclass(frozen=True)
-class Survival:
-    """What a run needs to outlive its accidents.
-
-    ranks, watch, signals: the processes, their signs of life, and the wish to stop.
-    saver: writes the checkpoints; checkpoint: the one to go on from, or None.
-    on_save_error: when a checkpoint cannot be written, end the run or go on without it.
-    on_non_finite: when loss or gradient is not finite, end the run or leave the step out.
-    """
-
-    ranks: Ranks
-    watch: Watch
-    signals: StopSignals
-    saver: Saver
-    checkpoint: Checkpoint | None = None
-    on_save_error: Literal["stop", "continue"] = "stop"
-    on_non_finite: Literal["stop", "skip"] = "stop"
-
-
-class DurableTrainer(Trainer):
+class DurableTrainer(RestoredTrainer):
     """A `Trainer` whose checkpoints are whole or not there.
 
     Args:
@@ -59,15 +34,15 @@ class DurableTrainer(Trainer):
     """
 
     def __init__(self, tuned: TunedModel, processing: Processing, survival: Survival, **others: Any):
-        self.tuned, self.processing, self.survival = tuned, processing, survival
-        super().__init__(model=tuned.packed, **others)
+        super().__init__(tuned, survival, **others)
+        self.processing = processing
+        self.args.save_total_limit = None  # the saver's: at the end Hugging Face would remove the newest checkpoint, too, where another one is the best
         self.stop_code: int | None = None  # the exit code that all ranks have agreed to stop with
-        self.skipped_steps = 0
         self._paused_seconds = 0.0  # spent on other things than training since the last log
         self._saved_step = -1
+        self._owes_evaluation = False  # a stop has left it out
+        self._best_before = self._best  # metric, step and folder at the save before the last
         self._in_step: list[tuple[torch.Tensor, Sequence[int]]] = []  # losses and row numbers of the step's micro-batches
-        self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
-        self._progress: dict[str, Any] | None = None
         self._result: Path | None = None  # the checkpoint whose weights are the run's result, if not the last step's
 
     # --- agreeing, once per step ---
@@ -112,6 +87,9 @@ class DurableTrainer(Trainer):
             saver.settled()
             return
         saver.give_up()
+        if best is not None and Path(best).name == f"checkpoint-{step}":
+            self._best = self._best_before
+            self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._best
         text = f"checkpoint-{step} could not be written: {problems[0]}; the checkpoints before it still stand in {saver.output_dir}"
         if self.survival.on_save_error == "stop":
             raise RunError(f"{text}. Make room and resume, or set on_save_error: continue")
@@ -149,6 +127,7 @@ class DurableTrainer(Trainer):
         write, num_bytes = self._contents()
         saver.begin(step, write, int(self.survival.ranks.sum([num_bytes])[0]))
         self._saved_step = step
+        self._best_before, self._best = self._best, (self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint)
         self._paused_seconds += time.perf_counter() - start
 
     def _contents(self) -> tuple[Write, int]:
@@ -185,7 +164,9 @@ class DurableTrainer(Trainer):
     def _log_progress(self) -> dict[str, Any]:
         """What the next log will be made of, for each rank."""
         mine = {"loss": self._tr_loss.item(), "counts": self._counts.tolist()}
-        return {"last_logged": self._globalstep_last_logged, "skipped_steps": self.skipped_steps, "ranks": self.survival.ranks.gather(mine)}
+        ranks, owes = self.survival.ranks.gather(mine), self._owes_evaluation
+        known = {"last_logged": self._globalstep_last_logged, "skipped_steps": self.skipped_steps, "ranks": ranks, "owes_evaluation": owes}
+        return known | {"loss_scale": self._loss_scale()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained model into `output_dir`: aside first, then file by file in place of what was there."""
@@ -196,82 +177,20 @@ class DurableTrainer(Trainer):
             save_weights(self.tuned, weights, self.processing, scratch)
             for path in [] if self._result is None else self._result.glob("*model*.safetensors*"):
                 shutil.copyfile(path, scratch / path.name)
+            for path in [path for path in scratch.rglob("*") if path.is_file()]:
+                sync_file(path)
             for path in scratch.iterdir():
                 path.replace(folder / path.name)
             scratch.rmdir()
-
-    # --- resuming ---
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: the weights were loaded before an engine wrapped the model."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: what is random is drawn anew from (seed, epoch, row) for every micro-batch."""
 
     def _load_best_model(self) -> None:
         """The best checkpoint's weights are the result; an engine's own weights need not change for that."""
         self.finish_saving()
         if self.stop_code is None and self.state.best_model_checkpoint is not None:
-            self._result = Path(self.state.best_model_checkpoint)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        packed, exact = self.tuned.packed, {}
-        if self.is_deepspeed_enabled and self.model_wrapped is packed:
-            if self._has_masters():
-                exact = float32_weights(packed)
-            if self.args.hf_deepspeed_config.is_zero3():  # type: ignore[attr-defined]
-                slice_weights(packed, self.args, max_steps)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if exact:
-            set_weights(self.model_wrapped, exact)
-        self.survival.saver.about["engine"] = engine_of(self.model_wrapped)
-        checkpoint = self.survival.checkpoint
-        if checkpoint is not None:
-            self._restore_optimizer(checkpoint.folder)
-            self._progress = read_json_state(checkpoint.folder / PROGRESS_FILE)
-        return prepared
-
-    def _has_masters(self) -> bool:
-        """Whether the optimizer steps float32 copies of weights that the model has in 16 bits."""
-        return self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
-
-    def _restore_optimizer(self, folder: Path) -> None:
-        """Optimizer and schedule as they were; what is missing starts afresh, which `find_checkpoint` has allowed then."""
-        if any(folder.glob("optimizer-*")):
-            files = OptimizerFiles(folder)
-            try:
-                restore_fragments(self.model_wrapped, self.optimizer, files.read, files.shapes, files.scalars)  # type: ignore[arg-type]
-            except ValueError as error:
-                raise InputError(f"{folder}: the optimizer's state does not fit `optim`: {error}") from error
-        state = read_json_state(folder / SCHEDULER_FILE)
-        if state is not None:
-            scheduler: Any = self.lr_scheduler
-            if isinstance(scheduler, LambdaLR):  # a function of the step and of today's learning rates
-                scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
-                scheduler._last_lr = [base * function(scheduler.last_epoch) for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-            else:
-                scheduler.load_state_dict({**scheduler.state_dict(), **state})
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):  # type: ignore[union-attr]
-                group["lr"] = rate
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._take_up_log(self._progress)
-            self._progress = None
-        super()._run_epoch(*args, **kwargs)
-
-    def _take_up_log(self, progress: dict[str, Any]) -> None:
-        """The next log speaks of the steps before the checkpoint too, as it would have without the interruption."""
-        shares, ranks = progress["ranks"], self.survival.ranks
-        if len(shares) == ranks.world_size:
-            mine = shares[ranks.rank]
-        else:  # the sums over all ranks are what counts; a logged loss is the mean over ranks
-            mine = {"loss": sum(share["loss"] for share in shares) / len(shares)}
-            mine["counts"] = [sum(share["counts"][i] for share in shares) / ranks.world_size for i in range(len(self._counts))]
-        self._tr_loss += mine["loss"]
-        self._total_loss_scalar -= self._tr_loss.item()  # belongs to steps that this process has not made
-        self._counts += torch.tensor(mine["counts"], dtype=torch.float64, device=self._counts.device)
-        self._globalstep_last_logged, self.skipped_steps = progress["last_logged"], progress["skipped_steps"]
+            self._result = best = Path(self.state.best_model_checkpoint)
+            problem = self.survival.ranks.on_main(lambda: damage(best))
+            if problem is not None:
+                raise RunError(f"{best}, the best checkpoint, is damaged: {problem}; resume with load_best_model_at_end: false for the last step's weights")
 
     # --- numbers and ends ---
 
@@ -284,11 +203,12 @@ class DurableTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         value = float("inf") if self._engine_left_step_out() else float(norm)
         steps, self._in_step = self._in_step, []
-        scaler = self.accelerator.scaler
-        if math.isfinite(value) or (scaler is not None and scaler.is_enabled()):  # float16 finds its scale by such steps
+        if math.isfinite(value):
             return norm
         broken = [name for loss, numbers in steps if not bool(loss.isfinite()) for name in self.names_of(numbers)]
         found = self.survival.ranks.gather(broken)
+        if self.args.fp16 and not any(found):  # float16 finds its scale by such steps, which scaler and engine leave out
+            return norm
         names = [name for rank in found for name in rank] or [name for _, numbers in steps for name in self.names_of(numbers)]
         what = "the loss" if any(found) else "the gradient"
         shown = "; ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
@@ -311,9 +231,11 @@ class DurableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         if self.stop_code is not None:
+            ends_epoch = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
+            self._owes_evaluation = self._owes_evaluation or self.control.should_evaluate or ends_epoch
             self.control.should_evaluate, self.control.should_save, self.control.should_training_stop = False, True, True
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except Stopped:
-            self.control.should_training_stop = True
+            self.control.should_training_stop = self._owes_evaluation = True
             self._save_checkpoint(model, trial)

@@ -21,6 +21,7 @@ from interlace.training.checkpoint import (
     set_aside,
     step_of,
 )
+from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE
 
 RESULTS = (STATE_FILE, "train_results.json", "all_results.json", "training_curves.png")
 RECORDS = ("arguments.json", "environment.json", "ledger.json", "loss_spikes.jsonl", "wandb_run_id.txt", *RESULTS)
@@ -66,7 +67,10 @@ def find_checkpoint(output_dir: Path, arguments: Mapping[str, Any], say: Callabl
     wanted = arguments["resume_from_checkpoint"]
 
     def problem_of(folder: Path) -> str | None:
-        return None if arguments["trust_checkpoint"] else damage(folder, arguments["allow_partial_resume"])
+        if not arguments["trust_checkpoint"]:
+            return damage(folder, arguments["allow_partial_resume"])
+        needed = () if arguments["allow_partial_resume"] else (STATE_FILE, SCHEDULER_FILE, PROGRESS_FILE, "optimizer-*")
+        return next((f"{name} is missing" for name in needed if not any(folder.glob(name))), None)
 
     if not wanted:
         return None
@@ -159,8 +163,9 @@ def begin_branch(output_dir: Path, checkpoint: Checkpoint | None, overwrite: boo
     if overwrite:
         clear_run(output_dir)
     if checkpoint is not None:
+        is_elsewhere = checkpoint.folder.resolve().parent != output_dir.resolve()  # then those that are here belong to another run
         for folder in checkpoint_folders(output_dir):
-            if (step_of(folder) or 0) > checkpoint.step:
+            if is_elsewhere or (step_of(folder) or 0) > checkpoint.step:
                 set_aside(folder, "superseded")
         point_latest(output_dir)
         for name in RESULTS:  # of an end that this run has not reached yet

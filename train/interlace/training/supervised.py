@@ -24,9 +24,9 @@ from interlace.model.loading import Processing, copy_licence, load_model, load_p
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
-from interlace.training.durable import Survival
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.ranks import Ranks
+from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.sharding import deepspeed_settings, settle
 from interlace.training.stopping import StopSignals
@@ -93,7 +93,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         watch.at(trainer.state.global_step, "saving")
         trainer.finish_saving()
-        is_done = trainer.state.global_step >= total_steps
+        is_done = trainer.state.global_step >= total_steps and trainer.stop_code is None  # else an evaluation, or the best checkpoint, may be missing
         if is_done:
             save_result(trainer, path, output_dir, result.metrics)
     if not is_done:

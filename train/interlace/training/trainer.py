@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
@@ -22,7 +23,8 @@ from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
-from interlace.training.durable import DurableTrainer, Survival
+from interlace.training.durable import DurableTrainer
+from interlace.training.restoring import Survival
 from interlace.training.spikes import LossRecord, report_spikes
 from interlace.training.stopping import leave_signals_to_parent
 from interlace.training.tracking import ProgressBar
@@ -163,7 +165,10 @@ class PackedTrainer(DurableTrainer):
             if num_spikes:
                 found = [spike for of_rank in ranks.gather(spikes) for spike in of_rank]
                 if ranks.is_main:
-                    report_spikes(found, self.survival.saver.output_dir / "loss_spikes.jsonl")
+                    try:
+                        report_spikes(found, self.survival.saver.output_dir / "loss_spikes.jsonl")
+                    except OSError as error:  # a full disk; the next checkpoint will tell whether the run has to end
+                        tqdm.write(f"warning: loss_spikes.jsonl could not be written: {error}")
             seconds = time.perf_counter() - self._last_log - self._paused_seconds
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
