@@ -11,7 +11,7 @@ from interlace.training.nodes import check_nodes, meet
 
 def main() -> None:
     folder, model = Path(sys.argv[1]), sys.argv[2]
-    ranks = meet({"ddp_timeout": 60})
+    ranks = meet({"ddp_timeout": 60, "use_cpu": True, "deepspeed": None, "fsdp": None, "ddp_backend": None})
     ranks.local_rank = 0  # each is the first of a node of its own
     second = ranks.rank == 1
     base: dict[str, Any] = {"output_dir": str(folder / "run" / "one"), "lora": True, "learning_rate": 1e-4}
