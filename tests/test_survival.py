@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.errors import InputError
-from interlace.training.checkpoint import checkpoint_folders, damage, step_of
+from interlace.training.checkpoint import Saver, checkpoint_folders, damage, step_of
 from interlace.training.resume import find_checkpoint
 from interlace.training.supervised import finetune
 from tests.accidents import DISK_FULL, Accident, finish, run_in_process, run_ranks
@@ -151,6 +151,26 @@ def test_killed_forty_times_at_random_it_resumes_to_the_same_end(arguments: dict
             assert_same_end(undisturbed, folder)
             ends += 1
     assert ends
+
+
+@pytest.mark.parametrize("limit", [1, 3, 6, 10, None])
+def test_the_oldest_go_beyond_the_limit_and_never_the_best(tmp_path: Path, limit: int | None) -> None:
+    saver = Saver(tmp_path, 0, 1, {}, limit)
+
+    def write(folder: Path) -> list[str]:
+        (folder / "trainer_state.json").write_text("{}")
+        return ["trainer_state.json"]
+
+    best = tmp_path / "checkpoint-2"
+    for step in range(1, 9):
+        saver.begin(step, write, 100)
+        assert saver.problem() is None
+        saver.commit(best if step >= 2 else None)
+        others = [other for other in range(1, step + 1) if other not in (2, step)]
+        room = max(0, (limit or 100) - len({min(2, step), step}))
+        kept = sorted({min(2, step), step, *(others[-room:] if room else [])})
+        assert [int(path.name.split("-")[1]) for path in checkpoint_folders(tmp_path)] == kept
+        assert (tmp_path / "checkpoint-latest").readlink() == Path(f"checkpoint-{step}")
 
 
 # --- damage ---

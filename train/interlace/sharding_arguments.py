@@ -98,6 +98,8 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"zero_optimization.stage: expected 1, 2 or 3, got {stage!r}; without the deepspeed key several processes train with DDP")
     if stage == 1 and (config.get("data_types") or {}).get("grad_accum_dtype"):
         problems.append("data_types.grad_accum_dtype: not with stage 1, where DeepSpeed would change to another kind of engine; use stage 2")
+    if (config.get("bf16") or {}).get("check_grad_overflow") is False:
+        problems.append("bf16.check_grad_overflow: false would make steps on gradients that are not finite; remove it")
     for name in ("offload_optimizer", "offload_param"):
         block = zero.get(name) or {}
         device = block.get("device", "none")

@@ -4,6 +4,7 @@ Each rank writes its files into a folder of another name and notes their sizes a
 and renames the folder. So whatever has the name `checkpoint-N` was once whole, and its manifest tells whether it still is.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -127,9 +128,10 @@ class Saver:
         final = self.output_dir / f"checkpoint-{self.step}"
         remove_folder(final)  # of an earlier attempt at the same step
         self.scratch.rename(final)
-        _sync_folder(self.output_dir)
-        point_latest(self.output_dir)
-        self._drop_oldest(best)
+        with contextlib.suppress(OSError):  # it stands; the next one tries again
+            _sync_folder(self.output_dir)
+            point_latest(self.output_dir)
+            self._drop_oldest(best)
         self.step, self._future = None, None
         return final
 
@@ -146,9 +148,8 @@ class Saver:
     def _drop_oldest(self, best: Path | None) -> None:
         folders = checkpoint_folders(self.output_dir)
         spare = [folder for folder in folders[:-1] if best is None or folder.resolve() != best.resolve()]
-        kept = len(folders) - len(spare)
         if self.limit is not None:
-            for folder in spare[: len(spare) - max(0, self.limit - kept)]:
+            for folder in spare[: max(0, len(folders) - self.limit)]:
                 remove_folder(folder)
 
 
@@ -242,6 +243,11 @@ def damage(folder: Path, allow_missing: bool = False) -> str | None:
     with ThreadPoolExecutor(psutil.cpu_count() or 1) as threads:  # hashing runs beside the interpreter
         same = threads.map(lambda name: _checksum(folder / name)["sha256"] == there[name]["sha256"], there)
         return next((f"{name} is not what was written: its checksum differs" for name, is_same in zip(there, same, strict=True) if not is_same), None)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files that a checkpoint's manifest names and that are not there."""
+    return [name for name in _manifest(folder)["files"] if not (folder / name).is_file()]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

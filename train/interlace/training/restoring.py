@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
 from transformers import Trainer
 
 from interlace.errors import InputError
@@ -64,6 +65,8 @@ class RestoredTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         places: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        if self.state.best_global_step and self.state.best_model_checkpoint is None and self.survival.ranks.is_main:
+            tqdm.write(f"warning: checkpoint-{self.state.best_global_step}, the best one so far, is not there any more; a later one may be the result")
         self.state.compute_steps(self.args, max_steps)  # those of today, not of the checkpoint
         self._best = (self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint)
         return places
@@ -94,7 +97,7 @@ class RestoredTrainer(Trainer):
 
     def _restore_optimizer(self, folder: Path) -> None:
         """Optimizer and schedule as they were; what is missing starts afresh, which `find_checkpoint` has allowed then."""
-        if any(folder.glob("optimizer-*")):
+        if OptimizerFiles.are_complete(folder):
             files = OptimizerFiles(folder)
             try:
                 restore_fragments(self.model_wrapped, self.optimizer, files.read, files.shapes, files.scalars)  # type: ignore[arg-type]

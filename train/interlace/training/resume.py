@@ -15,6 +15,7 @@ from interlace.training.checkpoint import (
     checkpoint_folders,
     clear_scratch,
     damage,
+    missing_files,
     newest_whole,
     open_checkpoint,
     point_latest,
@@ -36,7 +37,16 @@ DATA_KEYS = (
     *("packing", "per_device_train_batch_size", "max_tokens_per_batch"),
 )
 # Keys that change nothing about the training: no word is lost about them
-FREE_KEYS = ("resume_from_checkpoint", "overwrite_output_dir", "accept_data_change", "allow_partial_resume", "trust_checkpoint", "output_dir", "local_rank")
+FREE_KEYS = (
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "accept_data_change",
+    "allow_partial_resume",
+    "trust_checkpoint",
+    "output_dir",
+    "eval_on_start",
+    "local_rank",
+)
 
 
 def check_output_dir(output_dir: Path, resumes: bool, overwrite: bool, sources: Sequence[str]) -> None:
@@ -75,7 +85,7 @@ def find_checkpoint(output_dir: Path, arguments: Mapping[str, Any], say: Callabl
     if not wanted:
         return None
     if wanted is True:
-        return newest_whole(output_dir, problem_of, say)
+        return _known(newest_whole(output_dir, problem_of, say), say)
     folder = Path(wanted).resolve()
     problem = problem_of(folder) if folder.is_dir() else "no such folder"
     if problem is not None:
@@ -83,7 +93,21 @@ def find_checkpoint(output_dir: Path, arguments: Mapping[str, Any], say: Callabl
             f"resume_from_checkpoint: {wanted}: no complete checkpoint: {problem}; take another one, or set allow_partial_resume: true "
             "(files are missing: what they held starts afresh) or trust_checkpoint: true (files were changed, or it has no manifest)"
         )
-    return open_checkpoint(folder)
+    return _known(open_checkpoint(folder), say)
+
+
+def _known(checkpoint: Checkpoint | None, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint, after saying what is not in it.
+
+    Raises:
+        InputError: what is not in it are the weights.
+    """
+    missing = missing_files(checkpoint.folder) if checkpoint is not None and checkpoint.about else []
+    if any("model" in name and name.endswith(".safetensors") for name in missing):
+        raise InputError(f"resume_from_checkpoint: the weights are missing: {', '.join(missing)}; take another checkpoint")
+    if missing and checkpoint is not None:
+        say(f"{checkpoint.folder}: missing: {', '.join(missing)}; what they held starts afresh (allow_partial_resume)")
+    return checkpoint
 
 
 def finished_steps(output_dir: Path) -> int:

@@ -49,13 +49,11 @@ class OptimizerFiles:
         folder: the checkpoint.
 
     Raises:
-        InputError: a rank's file is missing or cannot be read.
+        InputError: a rank's file cannot be read.
     """
 
     def __init__(self, folder: Path):
         paths = sorted(folder.glob(_OPTIMIZER_FILES))
-        if not paths or len(paths) != int(paths[0].stem.rsplit("-", 1)[1]):
-            raise InputError(f"{folder}: {len(paths)} files of the optimizer's state are there, not all; set allow_partial_resume: true to start it afresh")
         self._files: list[Any] = []
         self._runs: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (start, end, file) of each (parameter, key)
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -73,6 +71,12 @@ class OptimizerFiles:
                 self._runs.setdefault((parameter, key), []).append((start, start + size, file))
                 self.shapes.setdefault(parameter, {})[key] = tuple(shape)
             self.scalars |= scalars
+
+    @staticmethod
+    def are_complete(folder: Path) -> bool:
+        """Whether every rank's file is there."""
+        paths = sorted(folder.glob(_OPTIMIZER_FILES))
+        return bool(paths) and len(paths) == int(paths[0].stem.rsplit("-", 1)[1])
 
     def read(self, parameter: str, key: str, start: int, length: int) -> torch.Tensor:
         """Elements `start` to `start + length` of a flattened tensor, (length,).

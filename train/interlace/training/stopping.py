@@ -15,6 +15,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        self._is_interrupted = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -31,8 +32,9 @@ class StopSignals:
         if os.getpid() != self._process:  # a process that was forked in the meantime
             os._exit(128 + number)
         if number == signal.SIGINT:
-            if self.requested is not None:
+            if self._is_interrupted:
                 os._exit(EXIT_CODES[signal.SIGINT])
+            self._is_interrupted = True
             sys.stderr.write("\nfinishing this step, then saving; Ctrl-C again quits at once\n")
         self.requested = self.requested or EXIT_CODES[signal.Signals(number)]
 
