@@ -6,6 +6,7 @@ and renames the folder. So whatever has the name `checkpoint-N` was once whole, 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -90,7 +91,10 @@ class Saver:
         free = _free_bytes(self.scratch)
         if self.rank == 0 and free < num_bytes:
             raise OSError(f"{num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-        files = {name: _checksum(self.scratch / name) for name in write(self.scratch)}
+        files: dict[str, Any] = {}
+        for name in write(self.scratch):
+            sync_file(self.scratch / name)
+            files[name] = _checksum(self.scratch / name)
         write_whole(self._part(self.rank), json.dumps(files))
 
     def _part(self, rank: int) -> Path:
@@ -158,9 +162,8 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    """Brings a file to the disk; its bytes and SHA-256."""
+    """A file's bytes and SHA-256."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -298,7 +301,7 @@ def newest_whole(output_dir: Path, problem_of: Callable[[Path], str | None], say
 
 def set_aside(folder: Path, word: str) -> Path:
     """Renames a checkpoint, so that it is never taken for a newest one; its new name."""
-    names = (folder.with_name(f"{word}-{folder.name}" + (f"-{number}" if number else "")) for number in range(1_000_000))
+    names = (folder.with_name(f"{word}-{folder.name}" + (f"-{number}" if number else "")) for number in itertools.count())
     aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     return aside

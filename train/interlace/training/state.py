@@ -54,7 +54,6 @@ class OptimizerFiles:
 
     def __init__(self, folder: Path):
         paths = sorted(folder.glob(_OPTIMIZER_FILES))
-        self._files: list[Any] = []
         self._runs: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (start, end, file) of each (parameter, key)
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self.scalars: dict[str, dict[str, float]] = {}

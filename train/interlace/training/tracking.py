@@ -68,16 +68,18 @@ class GuardedTracker(TrainerCallback):
 
     def __init__(self, tracker: TrainerCallback):
         self.tracker: TrainerCallback | None = tracker
+        self._shown: TrainingArguments | None = None  # the arguments without secrets: made once, not at every step
 
     def _pass_on(self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         if self.tracker is None:
             return
-        shown = copy.copy(args)
-        for name, value in vars(args).items():
-            if isinstance(value, str | list | dict):
-                setattr(shown, name, None if SECRET_NAME.search(name) else without_secrets(value))
+        if self._shown is None:
+            self._shown = copy.copy(args)
+            for name, value in vars(args).items():
+                if isinstance(value, str | list | dict):
+                    setattr(self._shown, name, None if SECRET_NAME.search(name) else without_secrets(value))
         try:
-            getattr(self.tracker, event)(shown, state, control, **more)
+            getattr(self.tracker, event)(self._shown, state, control, **more)
         except Exception as error:  # noqa: BLE001 whatever a tracker's code raises, it must not end the run
             name, self.tracker = type(self.tracker).__name__.removesuffix("Callback").removesuffix("Tracker"), None
             reason = readable(f"{type(error).__name__}: {error}".splitlines()[0])
