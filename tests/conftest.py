@@ -36,6 +36,7 @@ from interlace.model.loading import Processing, save_model, save_processing
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "model"
 IMAGE_TOKENS = 4
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs g++: DeepSpeed compiles its code for CPUs")
 
 
 def pytest_unconfigure() -> None:

@@ -108,6 +108,7 @@ def test_json_that_ends_in_the_middle_names_the_line(tmp_path: Path, monkeypatch
         ({"load_in_4bit": True}, "need lora"),
         ({"label_smoothing_factor": 0.1}, "cannot be honoured"),
         ({"neftune_noise_alpha": 5}, "cannot be honoured"),
+        ({"optim": "schedule_free_adamw"}, "optim: 'schedule_free_adamw' cannot be honoured: a checkpoint could not hold"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str) -> None:

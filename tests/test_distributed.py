@@ -8,15 +8,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Adafactor, AutoTokenizer, LlavaForConditionalGeneration, SiglipImageProcessorPil
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, SiglipImageProcessorPil, Trainer, TrainingArguments
 
+from interlace.argument_help import STORED_OPTIMIZERS
 from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows
 from interlace.data.template import ChatTemplate
@@ -25,7 +26,7 @@ from interlace.model.loading import Processing, save_model, save_processing
 from interlace.model.losses import supervised_loss
 from interlace.training import supervised
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
-from tests.conftest import DEMO_MODEL, IMAGE_TOKENS, ROOT, tiny_config, write_rows
+from tests.conftest import DEMO_MODEL, IMAGE_TOKENS, NEEDS_COMPILER, ROOT, tiny_config, write_rows
 from tests.distributed_worker import wake_adapter
 from tests.test_families import make_model
 
@@ -55,6 +56,7 @@ ACCUMULATED: Steps = [
     [[[0], [5]], [[6], [4]]],
     [[[16], [20]], [[0], [8]]],
 ]
+NEEDS_LIBAIO = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="needs libaio-dev: DeepSpeed's files on disk")
 LONG = ACCUMULATED + ACCUMULATED[:2]
 STORED = 3  # after how many steps of LONG the state is stored
 ADAMW = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -171,6 +173,7 @@ def assert_equals_plain(case: dict[str, Any], results: Path, steps: Steps) -> Pl
     return plain
 
 
+@NEEDS_COMPILER
 def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path) -> None:
     """Frozen and trained tower, full and LoRA, accumulation with the image first and last; a tower that saw no image stands still, exactly."""
     cases = []
@@ -191,6 +194,7 @@ def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path)
             assert moved == [True, True, False, False, True], case["name"]
 
 
+@NEEDS_COMPILER
 def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, folder: Path) -> None:
     """The trainer's own plan (rows that do not divide, packed lengths that differ); evaluation on unequal rows; a model that cuts images into tiles."""
     rows = json.loads((folder / "data" / "rows.json").read_text())
@@ -232,6 +236,7 @@ def assert_goes_on(case: dict[str, Any], results: Path, whole: dict[str, Any], b
     assert not {name: gap for name, gap in apart.items() if gap > tolerance}, case["name"]
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("variant", ["full", pytest.param("lora", marks=pytest.mark.slow), pytest.param("tower", marks=pytest.mark.slow)])
 def test_state_goes_on_exactly_under_the_same_engine_and_to_rounding_under_another(make_case: MakeCase, folder: Path, variant: str) -> None:
     """AdamW in float32, from each engine to itself and to another; nothing differs at all where nothing changed."""
@@ -250,6 +255,7 @@ def test_state_goes_on_exactly_under_the_same_engine_and_to_rounding_under_anoth
         assert_goes_on(case, results, whole, results, 5e-6)
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 def test_state_goes_on_with_another_number_of_ranks(make_case: MakeCase, folder: Path) -> None:
     """From two to one and from one to two; the same micro-batches, shared out anew."""
@@ -267,6 +273,7 @@ def test_state_goes_on_with_another_number_of_ranks(make_case: MakeCase, folder:
         assert_goes_on(to_two[number], again, one[number], single, 5e-6)
 
 
+@NEEDS_COMPILER
 def test_sixteen_bit_engines_keep_the_exact_float32_weights(make_case: MakeCase, folder: Path) -> None:
     """An adapter's float32 values cannot be told in bfloat16; at no learning rate they must come out as they went in."""
     cases = [make_case(f"{engine} bf16", engine, MIXES[:1], VARIANTS["lora"] | {"bf16": True, "learning_rate": 0.0}) for engine in ("zero1", "zero2", "zero3")]
@@ -277,18 +284,48 @@ def test_sixteen_bit_engines_keep_the_exact_float32_weights(make_case: MakeCase,
         assert all(torch.equal(tensor, torch.linspace(-0.2, 0.2, tensor.numel()).view_as(tensor)) for tensor in adapter.values())
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
-def test_offloaded_state_goes_on_exactly(make_case: MakeCase, folder: Path) -> None:
+@pytest.mark.parametrize("where", ["memory", pytest.param("disk", marks=NEEDS_LIBAIO)])
+def test_offloaded_state_goes_on_exactly(make_case: MakeCase, folder: Path, where: str) -> None:
     """In the host's memory, and on a disk: there the model must be large enough for DeepSpeed to bother, a MiB per group and rank."""
-    large = {"model_name_or_path": str(make_large_model(folder / "large"))}
+    engines: dict[str, dict[str, Any]] = {"zero2_offload": {}, "zero3_offload": {}}
+    if where == "disk":
+        engines = {"zero3_nvme": {"model_name_or_path": str(make_large_model(folder / "large"))}}
     wholes, same = [], []
-    for engine, changes in (("zero2_offload", {}), ("zero3_offload", {}), ("zero3_nvme", large)):
+    for engine, changes in engines.items():
         wholes.append(make_case(f"{engine} whole", engine, LONG, ADAMW | changes, store=str(folder / engine), store_at=STORED))
         same.append(make_case(f"{engine} same", engine, LONG[STORED:], ADAMW | changes, restore=str(folder / engine)))
     results = launch([*wholes, *same], folder)
     for case, whole in zip(same, wholes, strict=True):
         assert_goes_on(case, results, whole, results, 0.0)
-    assert [path for path in (folder / "nvme").rglob("*") if path.is_file()], "nothing was on the disk"
+    assert where == "memory" or [path for path in (folder / "nvme").rglob("*") if path.is_file()], "nothing was on the disk"
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_on_a_quantised_base_learns_alike_under_every_engine_that_takes_one(make_case: MakeCase, folder: Path, bits: str) -> None:
+    """QLoRA; the state goes on exactly. Stage 3 and FSDP2 refuse quantised weights."""
+    pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
+    changes, cases, wholes, same = VARIANTS["lora"] | {bits: True}, [], [], []
+    for engine in ("ddp", "zero1", "zero2"):
+        state = str(folder / f"{bits} {engine}")
+        cases.append(make_case(f"{bits} {engine} mixes", engine, MIXES, changes))
+        wholes.append(make_case(f"{bits} {engine} whole", engine, LONG, changes | ADAMW, store=state, store_at=STORED))
+        same.append(make_case(f"{bits} {engine} same", engine, LONG[STORED:], changes | ADAMW, restore=state))
+    results = launch([*cases, *wholes, *same], folder)
+    for case in cases:
+        found, weights = outcome(case, results)
+        plain = Plain(case["arguments"])
+        plain.tuned.packed.train()  # products of 8 bits are others in evaluation
+        assert found["losses"] == pytest.approx(plain.descend(MIXES), rel=1e-5), case["name"]
+        learns = {name: parameter.detach() for name, parameter in plain.tuned.packed.named_parameters() if parameter.requires_grad}
+        assert learns
+        for name in learns:
+            torch.testing.assert_close(weights[name], learns[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for case, whole in zip(same, wholes, strict=True):
+        assert_goes_on(case, results, whole, results, 0.0)
 
 
 def make_large_model(path: Path) -> Path:
@@ -303,34 +340,25 @@ def make_large_model(path: Path) -> Path:
     return path
 
 
-def adam_of_8_bits(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=16)
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
-        lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
-        lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
-        lambda parameters: torch.optim.Adagrad(parameters, lr=0.01),
-        lambda parameters: Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False),
-        adam_of_8_bits,
-    ],
-    ids=["amsgrad", "momentum", "rmsprop", "adagrad", "adafactor", "8 bits"],
-)
-def test_without_an_engine_the_state_of_any_optimizer_comes_back(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+@pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in STORED_OPTIMIZERS), ("adamw_torch", {"amsgrad": True}), ("sgd", {"momentum": 0.9})])
+def test_without_an_engine_the_state_of_every_optimizer_comes_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """State in other shapes than the weights', too: factored rows and columns, blocks of 8 bits."""
+
+    def prepare() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Tanh(), torch.nn.Linear(80, 64))  # large enough for blocks of 8 bits
+        try:
+            kind, defaults = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True), model)
+        except ValueError:
+            pytest.skip(f"{name} needs the quantization extra")
+        return model, kind(model.parameters(), **defaults | settings | {"lr": 0.01})
 
     def step(model: torch.nn.Module, steps: torch.optim.Optimizer, number: int) -> None:
         steps.zero_grad()
-        model(torch.linspace(-1, 1, 24).view(3, 8) * (number + 1)).square().sum().backward()
+        model(torch.linspace(-1, 1, 192).view(3, 64) * (number + 1)).square().sum().backward()
         steps.step()
 
-    torch.manual_seed(0)
-    first = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
-    steps = optimizer(first.parameters())
+    first, steps = prepare()
     for number in range(3):
         step(first, steps, number)
     fragments, scalars = local_fragments(first, steps)
@@ -338,11 +366,10 @@ def test_without_an_engine_the_state_of_any_optimizer_comes_back(optimizer: Call
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for fragment in fragments:
         shapes.setdefault(fragment.name, {})[fragment.key] = fragment.shape
-    second = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
-    resumed = optimizer(second.parameters())
+    second, resumed = prepare()
     restore_fragments(second, resumed, lambda name, key, start, length: whole[name, key][start : start + length], shapes, scalars)
     for number in range(3, 6):
         step(first, steps, number)
         step(second, resumed, number)
-    for (name, expected), (_, found) in zip(full_parameters(first), full_parameters(second), strict=True):
-        assert expected is not None and found is not None and torch.equal(expected, found), name
+    for (parameter, expected), (_, found) in zip(full_parameters(first), full_parameters(second), strict=True):
+        assert expected is not None and found is not None and torch.equal(expected, found), parameter

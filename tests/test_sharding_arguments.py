@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from interlace.errors import InputError
 from interlace.sharding_arguments import CONFIG_FOLDER, CONFIG_NAMES, STAGES, deepspeed_path
 from interlace.training.forecast import Sharding, sharding_of
-from interlace.training.sharding import deepspeed_settings
+from interlace.training.sharding import check_compilable, deepspeed_settings
 from tests.conftest import ROOT
 from tests.test_arguments import GOOD, problems, read
 
@@ -43,6 +44,26 @@ def test_what_a_file_leaves_out_comes_from_the_arguments_and_not_from_deepspeed(
     assert (found["gradient_clipping"], found["bf16"], found["train_batch_size"]) == ("auto", {"enabled": "auto"}, "auto")
     assert found["zero_force_ds_cpu_optimizer"] is False  # else descent would become Adam where its state is offloaded
     assert "zero_force_ds_cpu_optimizer" not in deepspeed_settings(config(tmp_path), "adamw_torch_fused")
+    # the same step, resumed with another number of processes, has another accumulation
+    found = deepspeed_settings(config(tmp_path, gradient_accumulation_steps=2, bf16={"enabled": True, "loss_scale": 1}), "adamw_torch")
+    assert (found["gradient_accumulation_steps"], found["bf16"]) == ("auto", {"enabled": "auto", "loss_scale": 1})
+
+
+def test_what_deepspeed_compiles_and_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    plain: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    on_disk: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    monkeypatch.setenv("CXX", sys.executable)  # anything that can be found
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    check_compilable(plain, on_cpu=True)
+    with pytest.raises(InputError, match="apt-get install libaio-dev"):
+        check_compilable(on_disk, on_cpu=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_compilable(plain, on_cpu=False)
+    for settings, on_cpu in ((plain, True), (on_disk, False)):
+        with pytest.raises(InputError, match=r"no C\+\+ compiler no-such-compiler: apt-get install g\+\+"):
+            check_compilable(settings, on_cpu)
 
 
 def test_stages_in_the_words_of_paddlemix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -346,7 +346,7 @@ def test_a_folder_that_holds_the_model_is_never_an_output_dir(make_arguments: Ma
             finetune(make_arguments(rows_file, output_dir=str(tiny_dir), overwrite_output_dir=overwrite))
 
 
-@pytest.mark.parametrize("changes", [{"report_to": "wandbb"}, {"lr_scheduler_type": "cosine_with_min_lr"}, {"optim": "galore_adamw"}])
+@pytest.mark.parametrize("changes", [{"report_to": "wandbb"}, {"lr_scheduler_type": "cosine_with_min_lr"}, {"optim": "ademamix", "optim_args": "beta1=high"}])
 def test_what_transformers_refuses_is_refused_before_anything_is_written(make_arguments: Make, rows_file: Path, changes: dict[str, Any]) -> None:
     arguments = make_arguments(rows_file, **changes)
     with pytest.raises(InputError, match="cannot be had"):

@@ -45,6 +45,8 @@ def launch(kind: str, hosts: Hosts, words: tuple[str | Path, ...], log: Path, sl
     if kind == "deepspeed":
         if not Path(sys.executable).with_name("deepspeed").exists():
             pytest.skip("deepspeed is not installed")
+        if "--deepspeed" in words and shutil.which("c++") is None:
+            pytest.skip("needs g++: DeepSpeed compiles its code for CPUs")
         hostfile = log.with_suffix(".hostfile")
         hostfile.write_text(f"# the hosts of the test\n\nnode-a slots={slots}\n  node-b slots={slots}\n")
         command = [ROOT / "launch" / "deepspeed.sh", hostfile, "--master_addr", hosts.addresses["node-a"], *words]

@@ -128,8 +128,16 @@ HUGGING_FACE_KEYS: dict[str, tuple[str, Mapping[str, object]]] = {
     "local_rank": ("Set by launchers.", {}),
 }
 
+# Optimizers whose whole state lies in tensors and numbers per parameter, which is what a checkpoint holds and a resumed run gets back
+STORED_OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit"),
+)
+
 # Keys whose other values cannot be honoured: key -> (accepted values, why the rest is refused)
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "optim": (STORED_OPTIMIZERS, f"a checkpoint could not hold all of its state; expected one of {', '.join(STORED_OPTIMIZERS)}"),
     "label_smoothing_factor": ((0, 0.0), "the loss works on log-probs of the target tokens alone"),
     "neftune_noise_alpha": ((None,), "noise on the embeddings is not part of the packed forward pass"),
     "use_liger_kernel": ((False,), "the packed forward pass already computes the supervised rows only"),

@@ -3,8 +3,11 @@
 import datetime
 import importlib.util
 import os
+import shutil
 import socket
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,15 +20,9 @@ from interlace.arguments import read_json
 from interlace.errors import InputError
 from interlace.sharding_arguments import deepspeed_path
 
-# What a configuration leaves out is taken from the arguments, too: DeepSpeed's own defaults are other ones (no clipping, no bf16)
-FROM_ARGUMENTS = {
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": "auto"},
-}
+# Always taken from the arguments: DeepSpeed's own defaults are other ones (no clipping), and what a configuration says has been compared with the arguments.
+# A run resumed with another number of processes shares the same step among them, so its accumulation is another one.
+FROM_ARGUMENTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
 def num_processes() -> int:
@@ -34,15 +31,15 @@ def num_processes() -> int:
 
 
 def deepspeed_settings(value: str, optim: str) -> dict[str, Any]:
-    """The DeepSpeed configuration that the `deepspeed` key means, for `TrainingArguments`: what it leaves open is "auto".
+    """The DeepSpeed configuration that the `deepspeed` key means, for `TrainingArguments`: what the arguments say is "auto".
 
     Raises:
         InputError: the package or the file is missing.
     """
     check_deepspeed()
-    config: dict[str, Any] = {**FROM_ARGUMENTS, **read_json(deepspeed_path(value), [])}
+    config: dict[str, Any] = read_json(deepspeed_path(value), []) | dict.fromkeys(FROM_ARGUMENTS, "auto")
     for name in ("bf16", "fp16"):
-        config[name] = {"enabled": "auto", **config[name]}
+        config[name] = {**config.get(name, {}), "enabled": "auto"}
     if not optim.startswith("adamw_torch"):
         # accelerate would put DeepSpeed's Adam in the place of any optimizer whose state is offloaded, without a word
         config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -56,7 +53,7 @@ def start_processes(values: Mapping[str, Any]) -> None:
         values: the arguments.
 
     Raises:
-        InputError: FSDP with a single process.
+        InputError: FSDP with a single process, or DeepSpeed without what it needs.
     """
     timeout, on_cpu = datetime.timedelta(seconds=values["ddp_timeout"]), values["use_cpu"] or not torch.accelerator.is_available()
     if values["fsdp"] and num_processes() == 1:
@@ -74,6 +71,8 @@ def start_processes(values: Mapping[str, Any]) -> None:
         check_deepspeed()
         if on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])  # where pip puts ninja
+        check_compilable(read_json(deepspeed_path(values["deepspeed"]), []), on_cpu)
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=timeout, verbose=False)
@@ -87,6 +86,27 @@ def check_deepspeed() -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError('deepspeed: the package is not installed: pip install -e ".[deepspeed]"')
+
+
+def check_compilable(config: Mapping[str, Any], on_cpu: bool) -> None:
+    """DeepSpeed compiles its code for the host at the first start: what exchanges between processes on CPUs, and what steps offloaded state.
+
+    Raises:
+        InputError: the compiler is missing, or the library for asynchronous files.
+    """
+    from deepspeed.git_version_info import installed_ops
+
+    zero = config["zero_optimization"]
+    devices = {(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}
+    parts = ["deepspeed_shm_comm"] * on_cpu + ["cpu_adam"] * bool(devices & {"cpu", "nvme"}) + ["async_io"] * ("nvme" in devices)
+    missing, compiler = [part for part in parts if not installed_ops.get(part)], os.environ.get("CXX", "c++")
+    if missing and shutil.which(compiler) is None:
+        raise InputError(f"deepspeed compiles {', '.join(missing)} at its first start, and finds no C++ compiler {compiler}: apt-get install g++, or set CXX")
+    if "async_io" in missing:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise InputError("deepspeed: offloading to nvme needs libaio with its headers: apt-get install libaio-dev")
 
 
 def settle(args: TrainingArguments) -> None:
