@@ -25,6 +25,7 @@ from tests.accidents import DISK_FULL, Accident, finish, run_in_process, run_ran
 from tests.conftest import NEEDS_COMPILER, write_rows
 
 STEPS = 8
+STEPS_PER_EPOCH = 4
 CHECKPOINT = "interlace.training.checkpoint:"
 
 
@@ -374,20 +375,25 @@ def test_asked_to_stop_in_an_evaluation_it_does_not_finish_it(arguments: dict[st
     assert_same_end(undisturbed, Path(arguments["output_dir"]))
 
 
-@pytest.mark.parametrize("micro_batch", [5, 2 * STEPS], ids=["in the step of an evaluation", "in the last step"])
-def test_a_stop_costs_no_evaluation_and_no_best_checkpoint(arguments: dict[str, Any], tmp_path: Path, micro_batch: int) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "asked_at", "stops_at"),
+    [("steps", 3, 3), ("steps", STEPS, STEPS), ("epoch", STEPS_PER_EPOCH, STEPS_PER_EPOCH), ("epoch", STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH)],
+    ids=["in the step of an evaluation", "in the last step", "in the last step of an epoch", "in the step before"],
+)
+def test_a_stop_costs_no_evaluation_and_no_best_checkpoint(arguments: dict[str, Any], tmp_path: Path, schedule: str, asked_at: int, stops_at: int) -> None:
     """The last step is the worst one here, so that it is seen which one the result is."""
-    arguments |= {"save_steps": 1, "save_total_limit": 1, "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
-    arguments["metric_for_best_model"] = "eval_loss"
+    arguments |= {"save_strategy": schedule, "eval_strategy": schedule, "save_steps": 1, "eval_steps": 1, "save_total_limit": 1}
+    arguments |= {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
     whole, folder = {**arguments, "output_dir": str(tmp_path / "whole")}, Path(arguments["output_dir"])
     succeeds(whole, tmp_path / "log")
-    asked = Accident("interlace.training.trainer:supervised_loss", micro_batch, change=Ask(signal.SIGTERM))
+    asked = Accident("interlace.training.trainer:supervised_loss", 2 * asked_at, change=Ask(signal.SIGTERM))
     assert finish(run_in_process(arguments, tmp_path / "log", [asked])) == 143, (tmp_path / "log").read_text()
     assert damage(folder / "checkpoint-latest") is None
-    assert step_of((folder / "checkpoint-latest").resolve()) == (micro_batch + 1) // 2, "the newest one, not the best one"
+    assert step_of((folder / "checkpoint-latest").resolve()) == stops_at, "the newest one, not the best one"
     succeeds(arguments, tmp_path / "log")
     assert_same_end(tmp_path / "whole", folder)
     assert logged(folder, "eval_loss") == logged(tmp_path / "whole", "eval_loss")
+    assert list(logged(folder, "eval_loss")) == (list(range(1, STEPS + 1)) if schedule == "steps" else [STEPS_PER_EPOCH, STEPS])
 
 
 def test_killed_before_the_end_was_noted_it_makes_no_step_more(arguments: dict[str, Any], tmp_path: Path) -> None:
