@@ -77,9 +77,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*model.safetensors")))
 
 
+def loss_windows(folder: Path) -> list[list[float]]:
+    progress = json.loads((folder / "checkpoint-latest" / "progress.json").read_text())
+    return [share["loss_window"] for share in progress["ranks"]]
+
+
 def assert_same_end(first: Path, second: Path) -> None:
-    """The same losses at every step, and the same weights, to the last bit."""
+    """The same losses at every step, what is known of them for finding spikes, and the same weights, to the last bit."""
     assert logged(first) == logged(second)
+    assert loss_windows(first) == loss_windows(second)
     one, two = weights(first), weights(second)
     assert set(one) == set(two)
     assert all(torch.equal(one[name], two[name]) for name in one)

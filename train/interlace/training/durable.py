@@ -163,7 +163,7 @@ class DurableTrainer(RestoredTrainer):
 
     def _log_progress(self) -> dict[str, Any]:
         """What the next log will be made of, for each rank."""
-        mine = {"loss": self._tr_loss.item(), "counts": self._counts.tolist()}
+        mine = {"loss": self._tr_loss.item(), "counts": self._counts.tolist(), "loss_window": list(self._losses.window.logarithms)}
         ranks, owes = self.survival.ranks.gather(mine), self._owes_evaluation
         known = {"last_logged": self._globalstep_last_logged, "skipped_steps": self.skipped_steps, "ranks": ranks, "owes_evaluation": owes}
         return known | {"loss_scale": self._loss_scale()}

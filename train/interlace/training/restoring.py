@@ -16,6 +16,7 @@ from interlace.training.checkpoint import Checkpoint, Saver
 from interlace.training.fragments import restore_fragments, set_weights
 from interlace.training.ranks import Ranks
 from interlace.training.sharding import engine_of, float32_weights, slice_weights
+from interlace.training.spikes import LossRecord
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, plain, read_json_state
 from interlace.training.stopping import StopSignals
 from interlace.training.watch import Watch
@@ -54,6 +55,7 @@ class RestoredTrainer(Trainer):
         super().__init__(model=tuned.packed, **others)
         self.skipped_steps = 0
         self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
+        self._losses = LossRecord(survival.ranks.rank)
         self._best: tuple[Any, ...] = (None, None, None)  # metric, step and folder at the last save
         self._progress: dict[str, Any] | None = None
 
@@ -142,6 +144,7 @@ class RestoredTrainer(Trainer):
         shares, ranks = progress["ranks"], self.survival.ranks
         if len(shares) == ranks.world_size:
             mine = shares[ranks.rank]
+            self._losses.window.logarithms.extend(mine["loss_window"])
         else:  # the sums over all ranks are what counts; a logged loss is the mean over ranks
             mine = {"loss": sum(share["loss"] for share in shares) / len(shares)}
             mine["counts"] = [sum(share["counts"][i] for share in shares) / ranks.world_size for i in range(len(self._counts))]

@@ -135,7 +135,7 @@ class LossRecord:
 
 
 def report_spikes(spikes: Iterable[Spike], path: Path) -> None:
-    """Prints a line for each spike and appends it to a file, one JSON object per line."""
+    """Prints a line for each spike and appends it to a file, one JSON object per line; steps that a resumed run makes again are written again."""
     for spike in spikes:
         tqdm.write(spike.line())
         with path.open("a", encoding="utf-8") as file:

@@ -25,7 +25,7 @@ from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
 from interlace.training.durable import DurableTrainer
 from interlace.training.restoring import Survival
-from interlace.training.spikes import LossRecord, report_spikes
+from interlace.training.spikes import report_spikes
 from interlace.training.stopping import leave_signals_to_parent
 from interlace.training.tracking import ProgressBar
 
@@ -70,7 +70,6 @@ class PackedTrainer(DurableTrainer):
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
-        self._losses = LossRecord(survival.ranks.rank)
         self._epoch = 0
         self._last_log = time.perf_counter()
         self._waited_seconds = 0.0  # for data
