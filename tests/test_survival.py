@@ -131,7 +131,8 @@ def test_killed_in_any_phase_it_resumes_to_the_same_end(arguments: dict[str, Any
     folder = tmp_path / "run"
     assert finish(run_in_process(arguments, tmp_path / "log", [accident])) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert_safe(folder)
-    succeeds({**arguments, "dataloader_num_workers": 1}, tmp_path / "log")
+    workers = int(accident.function.endswith("supervised_loss"))  # a worker changes nothing, and takes seconds to start
+    succeeds({**arguments, "dataloader_num_workers": workers}, tmp_path / "log")
     assert_safe(folder)
     assert_same_end(undisturbed, folder)
     assert len(checkpoint_folders(folder)) == 2
