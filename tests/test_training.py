@@ -23,6 +23,7 @@ from interlace.model.loading import load_for_inference
 from interlace.model.merging import merge
 from interlace.training.supervised import finetune, load_tuned_model, training_arguments
 from tests.conftest import ROOT, write_rows
+from tests.test_families import FAMILIES, make_model
 
 Make = Callable[..., dict[str, Any]]
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
@@ -113,6 +114,16 @@ def test_golden_trace_of_twenty_steps(make_arguments: Make, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("changes", [LORA, {}, {"tunable_parts": ALL_PARTS}], ids=["lora", "full", "full with tower"])
 def test_resumed_equals_uninterrupted_bitwise(make_arguments: Make, rows_file: Path, changes: dict[str, Any]) -> None:
+    assert_resumed_equals_uninterrupted(make_arguments, rows_file, changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_resumes_with_all_of_its_weights(make_arguments: Make, rows_file: Path, tmp_path: Path, family: str) -> None:
+    """Whole models, tower and all: their published names of weights are not those inside."""
+    assert_resumed_equals_uninterrupted(make_arguments, rows_file, {"model_name_or_path": str(make_model(family, tmp_path)), "tunable_parts": ALL_PARTS})
+
+
+def assert_resumed_equals_uninterrupted(make_arguments: Make, rows_file: Path, changes: dict[str, Any]) -> None:
     common = {**changes, "max_steps": 9, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
     straight = make_arguments(rows_file, **common)
     finetune(straight)
