@@ -94,6 +94,7 @@ def _run(arguments: dict[str, Any], log: Path, accidents: Sequence[Accident], la
     from interlace.training.supervised import finetune
 
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background, which tests may
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
