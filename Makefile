@@ -33,7 +33,7 @@ test: check
 	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not multinode"
 
 test-slow: setup
-	$(ENVIRONMENT) $(BIN)/pytest -m "slow and not multinode"
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow and not multinode"
 
 # two hosts on this machine; skips, and says why, where it is not root or namespaces are forbidden
 test-multinode: setup

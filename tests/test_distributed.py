@@ -98,6 +98,7 @@ class Plain:
     """The same model and rows in this process, without trainer or engine."""
 
     def __init__(self, arguments: dict[str, Any]):
+        torch.set_num_threads(1)  # as the workers have: products of 4 bits round otherwise with more
         self.arguments = {**arguments, "deepspeed": None, "fsdp": None}
         self.args = supervised.training_arguments(self.arguments)
         path = supervised.resolve_model_path(arguments["model_name_or_path"])

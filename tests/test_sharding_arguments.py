@@ -49,7 +49,7 @@ def test_what_a_file_leaves_out_comes_from_the_arguments_and_not_from_deepspeed(
     assert (found["gradient_accumulation_steps"], found["bf16"]) == ("auto", {"enabled": "auto", "loss_scale": 1})
 
 
-def test_what_deepspeed_compiles_and_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_deepspeed_compiles_and_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     plain: dict[str, Any] = {"zero_optimization": {"stage": 2}}
@@ -59,7 +59,9 @@ def test_what_deepspeed_compiles_and_lacks_is_told(monkeypatch: pytest.MonkeyPat
     check_compilable(plain, on_cpu=True)
     with pytest.raises(InputError, match="apt-get install libaio-dev"):
         check_compilable(on_disk, on_cpu=False)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))  # where nothing was compiled earlier
     check_compilable(plain, on_cpu=False)
     for settings, on_cpu in ((plain, True), (on_disk, False)):
         with pytest.raises(InputError, match=r"no C\+\+ compiler no-such-compiler: apt-get install g\+\+"):

@@ -1,6 +1,7 @@
 """A run that cannot be lost: killed, cut short, damaged, filled up, stopped, and resumed as if nothing had happened."""
 
 import json
+import math
 import os
 import pickle
 import random
@@ -403,6 +404,46 @@ def test_a_stop_costs_no_evaluation_and_no_best_checkpoint(arguments: dict[str, 
     assert list(logged(folder, "eval_loss")) == (list(range(1, STEPS + 1)) if schedule == "steps" else [STEPS_PER_EPOCH, STEPS])
 
 
+@pytest.mark.parametrize("change", [Ask(signal.SIGTERM), None], ids=["stopped", "killed"])
+def test_an_evaluation_at_the_end_of_an_epoch_is_owed_though_its_step_was_saved(arguments: dict[str, Any], tmp_path: Path, change: Ask | None) -> None:
+    arguments |= {"save_steps": 1, "eval_strategy": "epoch"}
+    accident = Accident("interlace.training.durable:DurableTrainer.check_stop", 1, change=change)
+    assert finish(run_in_process(arguments, tmp_path / "log", [accident])) == (143 if change else -signal.SIGKILL)
+    succeeds(arguments, tmp_path / "log")
+    assert list(logged(Path(arguments["output_dir"]), "eval_loss")) == [STEPS_PER_EPOCH, STEPS]
+
+
+def test_a_run_that_moved_keeps_its_best_checkpoint(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """The first one is the best here."""
+    arguments |= {"save_steps": 1, "eval_steps": 1, "save_total_limit": 1}
+    arguments |= {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    succeeds({**arguments, "output_dir": str(tmp_path / "whole")}, tmp_path / "log")
+    asked = Accident("interlace.training.trainer:supervised_loss", 6, change=Ask(signal.SIGTERM))
+    assert finish(run_in_process(arguments, tmp_path / "log", [asked])) == 143
+    Path(arguments["output_dir"]).rename(tmp_path / "moved")
+    succeeds({**arguments, "output_dir": str(tmp_path / "moved")}, tmp_path / "log")
+    assert_same_end(tmp_path / "whole", tmp_path / "moved")
+    assert {step_of(path) for path in checkpoint_folders(tmp_path / "moved")} == {1, STEPS}
+
+
+def test_a_stop_that_could_not_be_saved_does_not_say_that_it_was(arguments: dict[str, Any], tmp_path: Path) -> None:
+    arguments |= {"save_steps": 2, "on_save_error": "continue"}
+    full = Accident("interlace.training.durable:write_fragments", 2, error=DISK_FULL)
+    asked = Accident("interlace.training.trainer:supervised_loss", 5, change=Ask(signal.SIGTERM))
+    assert finish(run_in_process(arguments, tmp_path / "log", [full, asked])) == 1
+    assert "which could not be saved; the same command with --resume_from_checkpoint true goes on from step 2" in (tmp_path / "log").read_text()
+    succeeds(arguments, tmp_path / "log")
+
+
+def test_a_checkpoint_of_another_format_is_refused(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, arguments["output_dir"], symlinks=True)
+    (Path(arguments["output_dir"]) / "trainer_state.json").unlink()
+    path = (Path(arguments["output_dir"]) / "checkpoint-latest").resolve() / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
+    with pytest.raises(InputError, match="written by another version of Interlace"):
+        finetune(arguments)
+
+
 def test_killed_before_the_end_was_noted_it_makes_no_step_more(arguments: dict[str, Any], tmp_path: Path) -> None:
     """The last step is inside an epoch."""
     arguments["max_steps"] = STEPS - 1
@@ -617,6 +658,8 @@ def test_a_step_on_broken_numbers_is_never_made(arguments: dict[str, Any], undis
     skips = {**arguments, "output_dir": str(tmp_path / "skips"), "on_non_finite": "skip"}
     assert finish(run_in_process(skips, tmp_path / "log", [broken])) == 0
     assert logged(tmp_path / "skips", "skipped_steps")[STEPS] == 1
+    assert [step for step, loss in logged(tmp_path / "skips").items() if not math.isfinite(loss)] == ([5] if what == "loss" else [])
+    assert math.isfinite(json.loads((tmp_path / "skips" / "train_results.json").read_text())["train_loss"])
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skips").values())
     before, after = (weights(tmp_path / "skips" / "checkpoint-6"), weights(undisturbed / "checkpoint-6"))
     assert not all(torch.equal(before[name], after[name]) for name in before)

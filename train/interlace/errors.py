@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -42,6 +43,8 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
         code = stopped.code
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # all is said and saved: one that comes late changes the exit code no more
+        signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # the threads of a process group abort the interpreter's shutdown now and then, and a run that is done would seem to have failed
         atexit._run_exitfuncs()

@@ -34,6 +34,7 @@ REFUSED_ZERO_KEYS = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
+    "compute_grad_norm": True,
 }
 FSDP_WORDS = ("full_shard", "shard_grad_op", "offload", "auto_wrap")
 FSDP_KEYS = ("version", "reshard_after_forward", "cpu_offload", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params")

@@ -101,8 +101,8 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same steps with the same micro-batches, however many ranks share them."""
-        settings = (self.budget, self.rows_per_batch, self.seed, self.world_size * self.accumulation, self.shuffle, self.batches_per_epoch)
+        """The same for the same micro-batches, however many ranks share them; the number of steps in an epoch is not part of it."""
+        settings = (self.budget, self.rows_per_batch, self.seed, self.world_size * self.accumulation, self.shuffle)
         content = hashlib.sha256(repr(settings).encode())
         for values in (self.lengths, self.sources, () if self.copies is None else self.copies):
             content.update(np.asarray(values, np.float64).tobytes())

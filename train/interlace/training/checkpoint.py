@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from interlace.errors import InputError
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of what a checkpoint holds; another one cannot be taken up
 LATEST = "checkpoint-latest"
 STATE_FILE = "trainer_state.json"
 _SCRATCH = ".saving-checkpoint"
@@ -49,6 +50,12 @@ def step_of(folder: Path) -> int | None:
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """Folders with the name of a checkpoint, oldest step first; whether they are whole still is another question."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) is not None), key=lambda path: step_of(path) or 0)
+
+
+def newest_step(output_dir: Path) -> int | None:
+    """The step of the newest checkpoint by its name; None without any."""
+    folders = checkpoint_folders(output_dir)
+    return step_of(folders[-1]) if folders else None
 
 
 # --- writing ---
@@ -126,7 +133,7 @@ class Saver:
         for rank in range(self.world_size):
             files |= json.loads(self._part(rank).read_text(encoding="utf-8"))
             self._part(rank).unlink()
-        manifest = {"step": self.step, "world_size": self.world_size, **self.about, "files": dict(sorted(files.items()))}
+        manifest = {"format": FORMAT, "step": self.step, "world_size": self.world_size, **self.about, "files": dict(sorted(files.items()))}
         write_whole(self.scratch / MANIFEST, json.dumps(manifest, indent=1))
         _sync_folder(self.scratch)
         final = self.output_dir / f"checkpoint-{self.step}"

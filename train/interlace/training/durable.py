@@ -163,10 +163,17 @@ class DurableTrainer(RestoredTrainer):
 
     def _log_progress(self) -> dict[str, Any]:
         """What the next log will be made of, for each rank."""
-        mine = {"loss": self._tr_loss.item(), "counts": self._counts.tolist(), "loss_window": list(self._losses.window.logarithms)}
-        ranks, owes = self.survival.ranks.gather(mine), self._owes_evaluation
+        loss = self._tr_loss.item()
+        mine = {"loss": loss if math.isfinite(loss) else 0.0, "counts": self._counts.tolist(), "loss_window": list(self._losses.window.logarithms)}
+        ranks, owes = self.survival.ranks.gather(mine), self._owes_evaluation or self._epoch_awaits_evaluation()
         known = {"last_logged": self._globalstep_last_logged, "skipped_steps": self.skipped_steps, "ranks": ranks, "owes_evaluation": owes}
         return known | {"loss_scale": self._loss_scale()}
+
+    def _epoch_awaits_evaluation(self) -> bool:
+        """Whether this step ends an epoch whose evaluation is still to come."""
+        epoch = float(self.state.epoch or 0)
+        is_due = self.args.eval_strategy == "epoch" and epoch.is_integer() and epoch >= self.args.eval_delay
+        return is_due and self._evaluated_step != self.state.global_step
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained model into `output_dir`: aside first, then file by file in place of what was there."""
@@ -231,11 +238,13 @@ class DurableTrainer(RestoredTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         if self.stop_code is not None:
-            ends_epoch = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
-            self._owes_evaluation = self._owes_evaluation or self.control.should_evaluate or ends_epoch
+            self._owes_evaluation = self._owes_evaluation or self.control.should_evaluate
             self.control.should_evaluate, self.control.should_save, self.control.should_training_stop = False, True, True
+        total = self._total_loss_scalar
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except Stopped:
             self.control.should_training_stop = self._owes_evaluation = True
             self._save_checkpoint(model, trial)
+        if not math.isfinite(self._total_loss_scalar):  # the log has said it
+            self._forget_broken_loss(total)

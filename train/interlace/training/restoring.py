@@ -1,5 +1,6 @@
 """Hugging Face's `Trainer` that takes up a run where a checkpoint left it: weights, optimizer, schedule, plan, and the log that was half written."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,7 @@ class RestoredTrainer(Trainer):
         self._losses = LossRecord(survival.ranks.rank)
         self._best: tuple[Any, ...] = (None, None, None)  # metric, step and folder at the last save
         self._progress: dict[str, Any] | None = None
+        self._evaluated_step = -1
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the weights were loaded before an engine wrapped the model."""
@@ -67,6 +69,10 @@ class RestoredTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         places: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        checkpoint = self.survival.checkpoint
+        if checkpoint is not None and self.state.best_global_step:  # its name may be of another place: folders are moved, and relative paths
+            best = checkpoint.folder.parent / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         if self.state.best_global_step and self.state.best_model_checkpoint is None and self.survival.ranks.is_main:
             tqdm.write(f"warning: checkpoint-{self.state.best_global_step}, the best one so far, is not there any more; a later one may be the result")
         self.state.compute_steps(self.args, max_steps)  # those of today, not of the checkpoint
@@ -125,7 +131,15 @@ class RestoredTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
         self._take_up(trial, None)  # there was no epoch left
+        self._forget_broken_loss()
         return super()._finalize_training(trial, *args)
+
+    def _forget_broken_loss(self, total: float = 0.0) -> None:
+        """A step that was left out must not make every loss after it NaN: the sum since the last log starts again, the run's sum from `total`."""
+        if not math.isfinite(self._tr_loss.item()):
+            self._tr_loss.zero_()
+        if not math.isfinite(self._total_loss_scalar):
+            self._total_loss_scalar = total
 
     def _take_up(self, trial: Any, ignore_keys: list[str] | None) -> None:
         """Once after a resume: the log where it was, and the evaluation that a stop has left out."""

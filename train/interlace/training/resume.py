@@ -9,6 +9,7 @@ from typing import Any
 
 from interlace.errors import InputError
 from interlace.training.checkpoint import (
+    FORMAT,
     LATEST,
     STATE_FILE,
     Checkpoint,
@@ -100,8 +101,10 @@ def _known(checkpoint: Checkpoint | None, say: Callable[[str], None]) -> Checkpo
     """The checkpoint, after saying what is not in it.
 
     Raises:
-        InputError: what is not in it are the weights.
+        InputError: what is not in it are the weights, or it is of another format.
     """
+    if checkpoint is not None and checkpoint.about and checkpoint.about.get("format") != FORMAT:
+        raise InputError(f"{checkpoint.folder}: written by another version of Interlace; go on with that version, or start over in another output_dir")
     missing = missing_files(checkpoint.folder) if checkpoint is not None and checkpoint.about else []
     if any("model" in name and name.endswith(".safetensors") for name in missing):
         raise InputError(f"resume_from_checkpoint: the weights are missing: {', '.join(missing)}; take another checkpoint")
@@ -140,21 +143,24 @@ def check_settings(checkpoint: Checkpoint, arguments: Mapping[str, Any], say: Ca
         say(f"{checkpoint.folder} was made with other settings; from here on:\n  " + "\n  ".join(said))
 
 
-def check_data(checkpoint: Checkpoint, fingerprint: str, accept: bool, say: Callable[[str], None]) -> None:
+def check_data(checkpoint: Checkpoint, fingerprint: str, steps_per_epoch: int, accept: bool, say: Callable[[str], None]) -> None:
     """Holds rows and plan against those of the checkpoint.
 
     Raises:
         InputError: they differ, and `accept_data_change` does not allow it.
     """
-    before = checkpoint.about.get("data")
-    if before is None or before == fingerprint:
+    before, steps_before = checkpoint.about.get("data"), checkpoint.about.get("steps_per_epoch")
+    if before not in (None, fingerprint):
+        what = "the rows of dataset.train are not those that the run began with"
+        hint = " (a file was edited, rows were added, dropped or reordered); restore them"
+    elif steps_before not in (None, steps_per_epoch):
+        what = f"an epoch of the plan has {steps_per_epoch} steps now, and had {steps_before}"
+        hint = ": of the epochs that num_train_epochs or max_steps ask for, the fullest decides; ask for as many as before"
+    else:
         return
     if not accept:
-        raise InputError(
-            f"{checkpoint.folder}: the rows of dataset.train are not those that the run began with (a file was edited, rows were added, dropped or reordered); "
-            "restore them, or set accept_data_change: true to go on with the new rows, or start over in another output_dir"
-        )
-    say("the rows are not those that the run began with; accept_data_change: going on at the same place of a new plan")
+        raise InputError(f"{checkpoint.folder}: {what}{hint}, or set accept_data_change: true to go on with a new plan, or start over in another output_dir")
+    say(f"{what}; accept_data_change: going on at the same place of a new plan")
 
 
 def accumulation_for(checkpoint: Checkpoint, world_size: int, accumulation: int, say: Callable[[str], None]) -> int:

@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -94,19 +95,22 @@ def check_compilable(config: Mapping[str, Any], on_cpu: bool) -> None:
     Raises:
         InputError: the compiler is missing, or the library for asynchronous files.
     """
-    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     zero = config["zero_optimization"]
     devices = {(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}
-    parts = ["deepspeed_shm_comm"] * on_cpu + ["cpu_adam"] * bool(devices & {"cpu", "nvme"}) + ["async_io"] * ("nvme" in devices)
-    missing, compiler = [part for part in parts if not installed_ops.get(part)], os.environ.get("CXX", "c++")
-    if missing and shutil.which(compiler) is None:
-        raise InputError(f"deepspeed compiles {', '.join(missing)} at its first start, and finds no C++ compiler {compiler}: apt-get install g++, or set CXX")
-    if "async_io" in missing:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise InputError("deepspeed: offloading to nvme needs libaio with its headers: apt-get install libaio-dev")
+    if "nvme" in devices and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise InputError("deepspeed: offloading to nvme needs libaio with its headers: apt-get install libaio-dev")
+    parts = [ShareMemCommBuilder] * on_cpu + [CPUAdamBuilder] * bool(devices & {"cpu", "nvme"}) + [AsyncIOBuilder] * ("nvme" in devices)
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        for part in parts:
+            try:
+                part().load(verbose=False)  # installed with DeepSpeed, or compiled earlier
+            except RuntimeError as error:
+                told = f"deepspeed compiles its code for the host at the first start, and finds no C++ compiler {compiler}: apt-get install g++, or set CXX"
+                raise InputError(told) from error
 
 
 def settle(args: TrainingArguments) -> None:

@@ -10,8 +10,8 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, sign
 
 
 class StopSignals:
-    """Between `with` and its end, SIGTERM, SIGUSR1, a closed terminal and Ctrl-C only ask for a stop: `requested` is the exit code to end with, or None.
-    A second Ctrl-C ends the process at once."""
+    """From `listen` to the end of the `with` block, SIGTERM, SIGUSR1, a closed terminal and Ctrl-C only ask for a stop: `requested` is the exit code to end
+    with, or None. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -20,9 +20,12 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
+        return self
+
+    def listen(self) -> None:
+        """Begins to take signals as questions: from here on there is something to save."""
         heard = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]  # nohup has a closed terminal ignored
         self._before = {number: signal.signal(number, self._ask) for number in heard}
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():

@@ -23,7 +23,7 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.redaction import without_secrets
-from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, point_latest, write_whole
+from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
@@ -46,11 +46,11 @@ def finetune(arguments: Arguments) -> None:
     """
     ranks = meet(arguments)
     watch = Watch(ranks, arguments["ddp_timeout"] / 2)
-    with watch.running():
-        _finetune(arguments, ranks, watch)
+    with StopSignals() as signals, watch.running():
+        _finetune(arguments, ranks, watch, signals)
 
 
-def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
+def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSignals) -> None:
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
@@ -72,7 +72,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
         say(f"{output_dir}: this run is finished ({finished_steps(output_dir)} steps); nothing to do")
         return
     if checkpoint is not None:
-        check_data(checkpoint, data, arguments["accept_data_change"], say)
+        check_data(checkpoint, data, train.plan.steps_per_epoch, arguments["accept_data_change"], say)
     elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
     tuned = load_tuned_model(path, arguments, args)
@@ -80,8 +80,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
         load_weights(tuned, checkpoint.folder)
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
-    about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation}
-    signals = StopSignals()
+    about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation, "steps_per_epoch": train.plan.steps_per_epoch}
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))
@@ -89,17 +88,23 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch) -> None:
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
         tuned.packed.checkpoint_tower()
-    with signals:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-        watch.at(trainer.state.global_step, "saving")
-        trainer.finish_saving()
-        is_done = trainer.state.global_step >= total_steps and trainer.stop_code is None  # else an evaluation, or the best checkpoint, may be missing
-        if is_done:
-            save_result(trainer, path, output_dir, result.metrics)
-    if not is_done:
+    signals.listen()
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    watch.at(trainer.state.global_step, "saving")
+    trainer.finish_saving()
+    if trainer.state.global_step >= total_steps and trainer.stop_code is None:  # else an evaluation, or the best checkpoint, may be missing
+        save_result(trainer, path, output_dir, result.metrics)
+    else:
         assert trainer.stop_code is not None
-        again = "the same command with --resume_from_checkpoint true goes on"
-        raise Stopped(f"stopped at step {trainer.state.global_step} of {int(total_steps)}, which is saved; {again}", trainer.stop_code)
+        raise early_end(trainer.state.global_step, int(total_steps), ranks.on_main(lambda: newest_step(output_dir)), trainer.stop_code)
+
+
+def early_end(step: int, total_steps: int, saved: int | None, code: int) -> Stopped | RunError:
+    """What a run that was asked to stop ends with: another exit code where its last step could not be saved."""
+    again = "the same command with --resume_from_checkpoint true goes on"
+    if saved != step:
+        return RunError(f"stopped at step {step} of {total_steps}, which could not be saved; {again} from {'the start' if saved is None else f'step {saved}'}")
+    return Stopped(f"stopped at step {step} of {total_steps}, which is saved; {again}", code)
 
 
 def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: dict[str, float]) -> None:

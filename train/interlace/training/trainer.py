@@ -136,7 +136,8 @@ class PackedTrainer(DurableTrainer):
         scores: RowScores = model(**model_inputs(inputs, self.tuned.tower))
         counted = inputs.weights > 0
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
-        self._counts[2:] += torch.tensor([inputs.num_tokens, inputs.num_images])
+        self._counts[2] += inputs.num_tokens
+        self._counts[3] += inputs.num_images
         self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights, inputs.sequence_index, inputs.row_numbers)
         loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
         self._in_step.append((loss.detach(), inputs.row_numbers))
@@ -210,6 +211,7 @@ class PackedTrainer(DurableTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss / weight, f"{metric_key_prefix}_token_accuracy": right / max(supervised, 1)}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
         self._paused_seconds += time.time() - start
+        self._evaluated_step = self.state.global_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
