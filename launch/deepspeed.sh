@@ -3,9 +3,19 @@
 # time to save, the variables of launch/environment on every host, an end when a host is gone. launch/README.md explains.
 # usage: launch/deepspeed.sh HOSTFILE [deepspeed options] train/SCRIPT.py CONFIG.json [--key value ...]
 set -euo pipefail
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+[ $# -ge 2 ] || fail "usage: launch/deepspeed.sh HOSTFILE [deepspeed options] train/SCRIPT.py CONFIG.json [--key value ...]"
 hostfile=$1
 shift
+[ -r "$hostfile" ] || fail "$hostfile cannot be read; expected a file with one line per machine, such as: node-a slots=8"
+command -v deepspeed > /dev/null || fail 'deepspeed is not on PATH: activate the environment, with pip install -e ".[deepspeed]" in it'
+command -v pdsh > /dev/null || fail "pdsh is not on PATH: apt-get install pdsh; on a single machine launch/torchrun.sh --standalone needs neither it nor ssh"
 hosts=$(sed -E '/^[[:space:]]*(#|$)/d; s/^[[:space:]]*([^[:space:]]+).*/\1/' "$hostfile" | paste -sd, -)
+
+[ -n "$hosts" ] || fail "$hostfile names no machine; expected one line for each, such as: node-a slots=8"
 
 # deepspeed passes on what stands in this file and little else; a blank line or a comment in it is a crash. It also prints all of it, so no secrets.
 DS_ENV_FILE=$(mktemp)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM job, one task per GPU; a preempted or timed-out job saves, goes back into the queue and resumes by itself. launch/README.md explains.
+# Submit it with the environment active: its PATH goes along.
 # usage: sbatch [sbatch options] launch/slurm.sh train/SCRIPT.py CONFIG.json [--key value ...]
 #SBATCH --job-name=interlace
 #SBATCH --nodes=2

@@ -9,4 +9,8 @@ source "$(dirname "$0")/environment"
 set +a
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun's own list lacks SIGUSR1
 export PET_SHUTDOWN_TIMEOUT=${INTERLACE_GRACE_SECONDS:-600}          # 30 seconds of its own are too few for a large checkpoint
+command -v torchrun > /dev/null || {
+  echo "error: torchrun is not on PATH: activate the environment (source .venv/bin/activate)" >&2
+  exit 2
+}
 exec torchrun "$@"

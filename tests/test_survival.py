@@ -290,6 +290,39 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_stops_or_goes_on(arguments
     assert_same_end(undisturbed, tmp_path / "goes_on")
 
 
+def test_a_run_that_fails_leaves_no_process_behind(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """A process that reads data ignores signals, and nobody may wait for it."""
+    full = Accident("interlace.training.durable:save_weights", 2, error=DISK_FULL)
+    assert finish(run_in_process({**arguments, "dataloader_num_workers": 1}, tmp_path / "log", [full]), 60) == 1
+    assert "checkpoint-4 could not be written" in (tmp_path / "log").read_text()
+    broken = Accident("interlace.training.trainer:random_seed", 5, change=broken_program)
+    run = run_in_process({**arguments, "dataloader_num_workers": 1, "output_dir": str(tmp_path / "other")}, tmp_path / "log", [broken])
+    assert finish(run, 60) == 1
+    assert "ZeroDivisionError" in (tmp_path / "log").read_text()
+
+
+def broken_program(result: int) -> float:
+    return result / 0
+
+
+def take_long(result: Any) -> Any:
+    time.sleep(60)
+    return result
+
+
+def test_two_runs_never_write_into_one_folder(arguments: dict[str, Any], tmp_path: Path) -> None:
+    folder = Path(arguments["output_dir"])
+    slow = Accident("interlace.training.trainer:supervised_loss", 7, change=take_long)
+    first = run_in_process(arguments, tmp_path / "log", [slow])
+    while not (folder / "checkpoint-latest").exists() and first.is_alive():
+        time.sleep(0.05)
+    assert finish(run_in_process(arguments, tmp_path / "second")) == 2
+    assert f"output_dir: another run is writing into {folder}" in (tmp_path / "second").read_text()
+    first.kill()
+    assert finish(first) == -signal.SIGKILL
+    succeeds(arguments, tmp_path / "log")
+
+
 def test_a_file_that_the_system_refuses_to_grow_ends_the_run_with_its_reason(arguments: dict[str, Any], tmp_path: Path) -> None:
     assert finish(run_in_process(arguments, tmp_path / "log", largest_file=20_000)) == 1
     assert "checkpoint-2 could not be written" in (tmp_path / "log").read_text()

@@ -46,10 +46,12 @@ def deepspeed_path(value: str) -> Path:
     """The file that the `deepspeed` key means: one of ours by its name, else a path.
 
     Raises:
-        InputError: a name whose file did not come along.
+        InputError: neither, or a name whose file did not come along.
     """
     name = STAGES.get(value, value)
     if name not in CONFIG_NAMES:
+        if not value.endswith(".json") and not Path(value).is_file():
+            raise InputError(f"deepspeed: expected {', '.join(CONFIG_NAMES)}, or the path of a DeepSpeed configuration (.json); got {value!r}")
         return Path(value)
     path = CONFIG_FOLDER / f"{name}.json"
     if not path.is_file():

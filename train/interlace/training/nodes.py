@@ -98,6 +98,8 @@ def check_nodes(ranks: Ranks, arguments: Mapping[str, Any], model_path: str, dat
     found = [*_differences(nodes), *_apart(nodes, [seen for _, seen in answers]), *_alone(nodes)]
     if found:
         hosts = dict.fromkeys(node.host for node in nodes)
+        if len(nodes) == 1:
+            raise InputError("\n  ".join(found))
         raise InputError(f"{len(nodes)} processes on {', '.join(hosts)} cannot train together; mend this, then start again\n  " + "\n  ".join(found))
     for line in _warnings(nodes, [clock for clock, _ in answers]):
         say(line)

@@ -188,7 +188,6 @@ def accumulation_for(checkpoint: Checkpoint, world_size: int, accumulation: int,
 
 def begin_branch(output_dir: Path, checkpoint: Checkpoint | None, overwrite: bool) -> str:
     """Makes a folder ready for a run: what is newer than its checkpoint is set aside, what an earlier run left is removed if it may be. The run's id."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     clear_scratch(output_dir)
     if overwrite:
         clear_run(output_dir)

@@ -56,7 +56,10 @@ def start_processes(values: Mapping[str, Any]) -> None:
     Raises:
         InputError: FSDP with a single process, or DeepSpeed without what it needs.
     """
-    timeout, on_cpu = datetime.timedelta(seconds=values["ddp_timeout"]), values["use_cpu"] or not torch.accelerator.is_available()
+    on_cpu = values["use_cpu"] or not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU; and DeepSpeed, which peft and accelerate import, has nothing to guess
+    timeout = datetime.timedelta(seconds=values["ddp_timeout"])
     if values["fsdp"] and num_processes() == 1:
         raise InputError("fsdp needs several processes: torchrun --nproc_per_node 8 train/...")
     if values["deepspeed"] and "RANK" not in os.environ:  # no launcher: a group of one
@@ -70,8 +73,6 @@ def start_processes(values: Mapping[str, Any]) -> None:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     if values["deepspeed"]:
         check_deepspeed()
-        if on_cpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])  # where pip puts ninja
         check_compilable(read_json(deepspeed_path(values["deepspeed"]), []), on_cpu)
         import deepspeed

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from interlace.model.loading import Processing, copy_licence, load_model, load_p
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
+from interlace.training.lock import FolderLock
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
@@ -46,14 +49,15 @@ def finetune(arguments: Arguments) -> None:
     """
     ranks = meet(arguments)
     watch = Watch(ranks, arguments["ddp_timeout"] / 2)
-    with StopSignals() as signals, watch.running():
-        _finetune(arguments, ranks, watch, signals)
+    with StopSignals() as signals, FolderLock() as lock, watch.running():
+        _finetune(arguments, ranks, watch, signals, lock)
 
 
-def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSignals) -> None:
+def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSignals, lock: FolderLock) -> None:
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
+    ranks.on_main(lambda: lock.take(output_dir))
     checkpoint = ranks.on_main(lambda: find_checkpoint(output_dir, arguments, say))
     if checkpoint is not None:
         accumulation = accumulation_for(checkpoint, ranks.world_size, arguments["gradient_accumulation_steps"], say)
@@ -72,6 +76,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
         say(f"{output_dir}: this run is finished ({finished_steps(output_dir)} steps); nothing to do")
         return
     if checkpoint is not None:
+        say(f"going on from {checkpoint.folder}: step {checkpoint.step} of {int(total_steps)}")
         check_data(checkpoint, data, train.plan.steps_per_epoch, arguments["accept_data_change"], say)
     elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
@@ -84,7 +89,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))
-    saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint))
+    saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint, lock))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
         tuned.packed.checkpoint_tower()
@@ -284,8 +289,10 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     )
 
 
-def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger, checkpoint: Checkpoint | None) -> str:
+def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger, checkpoint: Checkpoint | None, lock: FolderLock) -> str:
     """Writes the records that stand before the first step; the run's id."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock.take(output_dir)
     run = begin_branch(output_dir, checkpoint, arguments["overwrite_output_dir"])
     write_json(output_dir / "arguments.json", without_secrets(arguments))
     write_json(output_dir / "environment.json", environment())
@@ -297,8 +304,12 @@ def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) 
     """The table at the end, and where everything is."""
     history = trainer.state.log_history
     last = {name: value for entry in history for name, value in entry.items()}
-    figures = [("steps", f"{trainer.state.global_step:,}"), ("minutes", f"{metrics['train_runtime'] / 60:.1f}")]
-    figures += [("mean training loss", f"{metrics['train_loss']:.4f}")]
+    checkpoint = trainer.survival.checkpoint
+    since = "" if checkpoint is None else f" since step {checkpoint.step:,}"
+    figures = [("steps", f"{trainer.state.global_step:,}"), (f"minutes{since}", f"{metrics['train_runtime'] / 60:.1f}")]
+    logged = [(0, 0.0), *((entry["step"], entry["loss"]) for entry in history if "loss" in entry)]
+    sums = [(end - start, (end - start) * loss) for (start, _), (end, loss) in pairwise(logged) if math.isfinite(loss)]
+    figures += [("mean training loss", f"{sum(loss for _, loss in sums) / sum(steps for steps, _ in sums):.4f}")] if sums else []
     labels = {"loss": "last loss", "token_accuracy": "last token accuracy", "eval_loss": "evaluation loss", "eval_token_accuracy": "evaluation token accuracy"}
     figures += [(label, f"{last[name]:.4f}") for name, label in labels.items() if name in last]
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
