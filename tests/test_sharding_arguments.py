@@ -113,7 +113,8 @@ def test_contradictions_with_a_deepspeed_file_are_refused(
         ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "gradient_checkpointing does it"),
         ({"fsdp": True, "optim": "adamw_bnb_8bit"}, "fsdp: optim adamw_bnb_8bit"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config needs fsdp: true"),
-        ({"deepspeed": "zero4"}, "zero4: no such file"),
+        ({"deepspeed": "zero4"}, "deepspeed: expected zero1, zero2, zero2_offload, zero3, zero3_offload, zero3_nvme, or the path of"),
+        ({"deepspeed": "zero4.json"}, "zero4.json: no such file"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: expected null or string"),
     ],
 )

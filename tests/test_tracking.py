@@ -176,6 +176,7 @@ tracker.on_train_end(None, SimpleNamespace(is_world_process_zero=True), None)
     assert re.search(r"wandb sync \S+run-\S+-abc", rest)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_wandb_run(make_arguments: Make, rows_file: Path, tmp_path: Path, serve: Callable[..., Server]) -> None:
     server = serve()
     online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
