@@ -34,7 +34,9 @@ from interlace.model.forward import model_inputs
 from interlace.model.loading import load_model
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.forecast import Columns, Sharding, compute_dtype, empty_model, memory_of, micro_shapes, rehearse_all, sizes_of
+from interlace.training.forecast import Sharding, memory_of, micro_shapes, rehearse_all, sizes_of
+from interlace.training.outline import compute_dtype, empty_model
+from interlace.training.planning import Columns
 from interlace.training.probe import probe
 
 STEPS = 3

@@ -16,10 +16,13 @@ from torch import distributed, nn
 from transformers import TrainerCallback
 
 from interlace.data.packing import MicroBatch, Plan
+from interlace.model.costs import step_costs
 from interlace.model.loading import resolve_model_path
 from interlace.training import supervised
 from interlace.training.checkpoint import Saver
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
+from interlace.training.outline import empty_model
+from interlace.training.planning import training_plan
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.sharding import start_processes
@@ -33,6 +36,7 @@ class GivenPlan(Plan):
 
     def __init__(self, steps: list[list[list[MicroBatch]]]):
         self.given, self.world_size, self.accumulation = steps, len(steps[0]), len(steps[0][0])
+        self.prefixes = None
         self.batches_per_epoch = len(steps) * self.world_size * self.accumulation
 
     def share(self, epoch: int, rank: int) -> list[MicroBatch]:
@@ -117,8 +121,9 @@ def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     rows, _ = supervised.load_rows(supervised.read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, False)
     tuned = supervised.load_tuned_model(path, arguments, args)
     wake_adapter(tuned.packed)
-    train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else supervised.training_plan(rows, arguments, args))
-    evaluation = supervised.evaluation_rows(arguments, reader, args)
+    config, costs = processing.config, step_costs(empty_model(processing.config, arguments))
+    train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else training_plan(rows, config, costs, arguments, args))
+    evaluation = supervised.evaluation_rows(arguments, reader, config, costs, args)
     keeper = Keeper(case)
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper], survival)
     keeper.trainer = trainer

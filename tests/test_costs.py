@@ -16,7 +16,7 @@ from interlace.model.costs import BatchShape, attended_pairs, shape_of, step_cos
 from interlace.model.forward import model_inputs
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.forecast import empty_model
+from interlace.training.outline import empty_model
 from interlace.training.rehearsal import Rehearsal, rehearse
 
 LENGTHS, NUM_IMAGES, NUM_ROWS = (40, 30, 30), 2, 25
@@ -193,7 +193,7 @@ def test_a_rehearsal_counts_the_bytes_that_the_allocator_gives_out(parts: str, l
     batch_bytes = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
     with torch.device("meta"):
         empty = small_model(config, PARTS[parts], lora, checkpointing)
-    rehearsal = rehearse(empty, (400, 300, 300), NUM_IMAGES, NUM_ROWS, torch.float32)
+    rehearsal = rehearse(empty, (Segment(0, 400), Segment(400, 700), Segment(700, 1000)), NUM_IMAGES, NUM_ROWS, torch.float32)
     assert sum(rehearsal.peak().values()) - batch_bytes == pytest.approx(profiled_peak(real, batch), rel=0.1)
     assert rehearsal.living[-1][2] == sum(parameter.grad.nbytes for parameter in real.packed.parameters() if parameter.grad is not None)
 

@@ -21,11 +21,14 @@ from interlace.argument_help import STORED_OPTIMIZERS
 from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows
 from interlace.data.template import ChatTemplate
+from interlace.model.costs import step_costs
 from interlace.model.forward import model_inputs
 from interlace.model.loading import Processing, save_model, save_processing
 from interlace.model.losses import supervised_loss
 from interlace.training import supervised
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
+from interlace.training.outline import empty_model
+from interlace.training.planning import training_plan
 from tests.conftest import DEMO_MODEL, IMAGE_TOKENS, NEEDS_COMPILER, ROOT, tiny_config, write_rows
 from tests.distributed_worker import wake_adapter
 from tests.test_families import make_model
@@ -210,7 +213,8 @@ def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, f
     results = launch(cases, folder)
     first = Plain(cases[0]["arguments"])
     first.args.gradient_accumulation_steps = 2  # of one process, for one of each of two
-    steps = [[step] for step in supervised.training_plan(first.rows, first.arguments, first.args).steps(0)[:3]]
+    config = first.processing.config
+    steps = [[step] for step in training_plan(first.rows, config, step_costs(empty_model(config, first.arguments)), first.arguments, first.args).steps(0)[:3]]
     for case in cases[: len(ENGINES)]:
         plain = assert_equals_plain(case, results, steps)
         few = plain.rows_of(dataset["eval"])

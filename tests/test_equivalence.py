@@ -37,9 +37,9 @@ def rows(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return list(load_rows(sources, row_reader(arguments, load_processing(str(tiny_dir))), arguments, False)[0])
 
 
-def collate(tiny_dir: Path, rows: Sequence[Row]) -> PackedBatch:
+def collate(tiny_dir: Path, rows: Sequence[Row], share_prefix: bool = False) -> PackedBatch:
     processing = load_processing(str(tiny_dir))
-    return Collator(processing.process_images, processing.config.image_token_id).pack(list(enumerate(rows)))
+    return Collator(processing.process_images, processing.config.image_token_id, share_prefix).pack(list(enumerate(rows)))
 
 
 def tuned_model(tiny_dir: Path, parts: Sequence[str] = ("projector", "language_model"), lora: Lora | None = None, seed: int = 0) -> TunedModel:

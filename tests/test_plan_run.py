@@ -18,19 +18,19 @@ from interlace.model.costs import BatchShape, step_costs
 from interlace.model.loading import load_config
 from interlace.training.fitting import Search, config_of, resolved
 from interlace.training.forecast import (
-    Columns,
     MicroShape,
     Sharding,
     Sizes,
     Speed,
     disk_of,
-    empty_model,
     fits,
     memory_of,
     micro_shapes,
     sizes_of,
 )
+from interlace.training.outline import empty_model
 from interlace.training.plan_text import bins_of, duration, histogram, size
+from interlace.training.planning import Columns
 from interlace.training.probe import Timing, fit_speed
 from interlace.training.rehearsal import Rehearsal
 from tests.conftest import DEMO_MODEL, write_rows
@@ -135,7 +135,7 @@ def test_disk_counts_the_checkpoints_that_stay(make_arguments: Callable[..., dic
 
 
 def search(arguments: dict[str, Any], tiny_dir: Path, mib: float) -> Search:
-    return Search(arguments, load_config(str(tiny_dir)), ROWS, 1, "cpu", int(mib * MIB))
+    return Search(arguments, load_config(str(tiny_dir)), ROWS, None, 1, "cpu", int(mib * MIB))
 
 
 def test_fit_finds_what_fits_and_the_argument_checker_accepts_it(make_arguments: Callable[..., dict[str, Any]], rows_file: Path, tiny_dir: Path) -> None:

@@ -23,11 +23,14 @@ UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 def main() -> None:
     arguments, options = read_command_line(__doc__ or "", OPTIONS)
     fit_bytes, devices, probe_seconds = check_options(options)
+    from interlace.model.costs import step_costs
     from interlace.model.loading import resolve_model_path
     from interlace.training import plan_text, preflight
     from interlace.training.fitting import config_of
     from interlace.training.forecast import machine_of
-    from interlace.training.supervised import processing_of, training_arguments, training_plan
+    from interlace.training.outline import empty_model
+    from interlace.training.planning import training_plan
+    from interlace.training.supervised import processing_of, training_arguments
 
     args = training_arguments({**arguments, "deepspeed": None, "fsdp": None})  # one process speaks for all
     path = resolve_model_path(arguments["model_name_or_path"])
@@ -38,7 +41,7 @@ def main() -> None:
     if not len(rows):
         raise InputError("\n  ".join(problems))
     plan_text.show(plan_text.histogram("tokens per row", rows.lengths), plan_text.histogram("images per row", rows.num_images))
-    plan = training_plan(rows, arguments, args)
+    plan = training_plan(rows, processing.config, step_costs(empty_model(processing.config, arguments)), arguments, args)
     if options["plot"]:
         plan_text.draw_histograms(options["plot"], rows, arguments["max_length"])
     forecast = preflight.forecast_run(rows, plan, arguments, args, processing.config, devices)

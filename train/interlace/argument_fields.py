@@ -96,8 +96,12 @@ class DataFields:
     )
     packing: bool = key(True, "Fill micro-batches up to max_tokens_per_batch; without it, per_device_train_batch_size rows each.")
     max_tokens_per_batch: int | None = key(
-        None, "Tokens per micro-batch; default: per_device_train_batch_size times the mean length, never below the longest row.", minimum=1
+        None, "Tokens per micro-batch, the longest row at least; default: per_device_train_batch_size times the mean length.", minimum=1
     )
+    share_prefix: bool = key(
+        False, "Rows of a micro-batch that begin with the same images and text compute them once: many questions about one video, scene or page."
+    )
+    max_rows_per_prefix: int = key(8, "With share_prefix: how many such rows may come together; the more, the faster and the more alike a batch.", minimum=2)
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
 
 

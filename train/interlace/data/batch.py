@@ -1,10 +1,12 @@
 """`PackedBatch`: one row of real tokens, a forest of segments, and the collation of rows into it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import PIL.Image
 import torch
 
@@ -13,6 +15,8 @@ from interlace.data.media import open_images
 from interlace.data.reading import Row
 from interlace.data.sample import BadRow, Place
 from interlace.errors import InputError
+
+Expanded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, weights of a row, each image as its run of tokens
 
 
 class ProcessImages(Protocol):
@@ -80,17 +84,29 @@ class PackedBatch:
         return self._map(torch.Tensor.pin_memory)
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tokens `start` to `end` of row number `row` (a position among those being packed), behind piece number `parent` (-1: none)."""
+
+    row: int
+    start: int
+    end: int
+    parent: int = -1
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> `PackedBatch`, each row one segment. Opens and processes each distinct image once.
+    """Rows -> `PackedBatch`. Opens and processes each distinct image once.
 
     Args:
         process_images: makes pixel values of images; see `ProcessImages`.
         image_token_id: the id that image features replace.
+        share_prefix: rows that begin with the same images and text become one trunk with a leaf for each; else each row is one segment.
     """
 
     process_images: ProcessImages
     image_token_id: int
+    share_prefix: bool = False
 
     def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch | InputError:
         """The batch, or what is wrong with an image: an error raised in a worker process would reach the user with two tracebacks."""
@@ -100,40 +116,75 @@ class Collator:
             return error
 
     def pack(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch:
-        """The rows as one batch.
+        """The rows as one batch; those that share a prefix stand together.
 
         Raises:
             InputError: an image that was whole by its header cannot be decoded.
         """
         rows = [row for _, row in numbered]
-        pieces = [expand(row.encoded, row.image_tokens, self.image_token_id) for row in rows]
-        segments, start = [], 0
-        for ids, _, _ in pieces:
-            segments.append(Segment(start, start + len(ids)))
-            start += len(ids)
-        input_ids, labels, weights = (torch.cat([torch.from_numpy(piece[i]) for piece in pieces]) for i in range(3))
-        supervised = labels >= 0
-        supervised[[segment.start for segment in segments]] = False  # no predecessor in its segment
-        targets = supervised.nonzero()[:, 0]
-        sequence = torch.repeat_interleave(torch.tensor([segment.end - segment.start for segment in segments]))
+        expanded = [expand(row.encoded, row.image_tokens, self.image_token_id) for row in rows]
+        pieces = self._pieces(rows, expanded)
+        ends = np.cumsum([piece.end - piece.start for piece in pieces]).tolist()
+        segments = tuple(Segment(end - (piece.end - piece.start), end, piece.parent) for piece, end in zip(pieces, ends, strict=True))
+        input_ids = torch.from_numpy(np.concatenate([expanded[piece.row][0][piece.start : piece.end] for piece in pieces]))
+        places, targets, weights, sequence = self._supervised(pieces, segments, expanded)
         images = distinct_images(rows)
         number = {image: i for i, image in enumerate(images)}
         pixel_values, image_sizes = self._pixels(images, rows) if images else (None, ())
+        order = list(dict.fromkeys(piece.row for piece in pieces))
         return PackedBatch(
             input_ids=input_ids.long()[None],
-            position_ids=torch.cat([torch.arange(segment.end - segment.start) for segment in segments])[None],
-            segments=tuple(segments),
-            rows=targets - 1,
-            targets=labels[targets].long(),
-            weights=weights[targets],
-            sequence_index=sequence[targets],
-            row_numbers=tuple(index for index, _ in numbered),
+            position_ids=torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])[None],
+            segments=segments,
+            rows=places,
+            targets=targets,
+            weights=weights,
+            sequence_index=sequence,
+            row_numbers=tuple(numbered[row][0] for row in order),
             pixel_values=pixel_values,
-            image_index=torch.tensor([number[image] for row in rows for image in _images(row)], dtype=torch.long),
+            image_index=torch.tensor([number[image] for piece in pieces for image in self._images_of(piece, rows, expanded)], dtype=torch.long),
             image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
             image_sizes=image_sizes,
             image_tokens=tuple(tokens for _, tokens in images),
         )
+
+    def _pieces(self, rows: Sequence[Row], expanded: Sequence[Expanded]) -> list[_Piece]:
+        """Each row as one piece, or a trunk and a leaf for each of the rows that share it."""
+        groups: dict[object, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(row.prefix if self.share_prefix and row.prefix_images else number, []).append(number)
+        pieces: list[_Piece] = []
+        for numbers in groups.values():
+            if len(numbers) == 1:
+                pieces.append(_Piece(numbers[0], 0, len(expanded[numbers[0]][0])))
+                continue
+            trunk, parent = _common(numbers, expanded), len(pieces)
+            pieces.append(_Piece(numbers[0], 0, trunk))
+            pieces += [_Piece(number, trunk, len(expanded[number][0]), parent) for number in numbers]
+        return pieces
+
+    def _supervised(
+        self, pieces: Sequence[_Piece], segments: Sequence[Segment], expanded: Sequence[Expanded]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N,) each: the position before every supervised token, the token, its weight, and which sequence it belongs to."""
+        found: list[tuple[np.ndarray, ...]] = []
+        sequences: dict[int, int] = {}
+        for piece, segment in zip(pieces, segments, strict=True):
+            _, labels, weights = (values[piece.start : piece.end] for values in expanded[piece.row])
+            inside = np.flatnonzero(labels >= 0)
+            if piece.parent < 0:
+                inside = inside[inside > 0]  # the first token of a row has no predecessor
+            before = segment.start + inside - 1
+            before[inside == 0] = segments[piece.parent].end - 1
+            found.append((before, labels[inside], weights[inside], np.full(len(inside), sequences.setdefault(piece.row, len(sequences)))))
+        places, targets, weight, sequence = (torch.from_numpy(np.concatenate(values)) for values in zip(*found, strict=True))
+        return places.long(), targets.long(), weight, sequence.long()
+
+    def _images_of(self, piece: _Piece, rows: Sequence[Row], expanded: Sequence[Expanded]) -> Iterator[tuple[Place, int]]:
+        """The images of a row that stand in a piece of it: images are whole, so their tokens tell."""
+        ends = np.cumsum(rows[piece.row].image_tokens)
+        first, last = (np.count_nonzero(expanded[piece.row][0][:place] == self.image_token_id) for place in (piece.start, piece.end))
+        return itertools.islice(_images(rows[piece.row]), int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "right")))
 
     def _pixels(self, images: list[tuple[Place, int]], rows: Sequence[Row]) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
         places = list(dict.fromkeys(place for place, _ in images))
@@ -145,6 +196,15 @@ class Collator:
             names = ", ".join(f"{row.file}: row {row.index}" for row in users)
             raise InputError(f"{names}: {error.detail}; its header was whole when the run began. Mend the file, or start again with bad_rows: skip") from None
         return pixel_values, tuple((opened[place].height, opened[place].width) for place, _ in images)
+
+
+def _common(numbers: Sequence[int], expanded: Sequence[Expanded]) -> int:
+    """How many tokens these rows begin with alike: none of them supervised, and a token left for each row."""
+    limits = [min(int(np.argmax(labels >= 0)), len(ids) - 1) for ids, labels, _ in (expanded[number] for number in numbers)]
+    shortest = min(limits)
+    first = expanded[numbers[0]][0][:shortest]
+    different = [np.flatnonzero(expanded[number][0][:shortest] != first) for number in numbers[1:]]
+    return min([shortest, *(int(places[0]) for places in different if len(places))])
 
 
 def _images(row: Row) -> Iterator[tuple[Place, int]]:

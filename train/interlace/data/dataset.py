@@ -43,7 +43,7 @@ class Rows(Sequence[Row]):
     """The admitted rows of some stores, in order; each is read from disk when it is asked for.
 
     `lengths`, `num_images` and `supervised` (N,) count each row's tokens, images and supervised tokens; `copies` (N,) says how often it comes in an epoch,
-    `sources` (N,) which store it is of.
+    `sources` (N,) which store it is of; `prefixes` (N,) are equal for rows that begin alike, `prefix_lengths` and `prefix_images` (N,) count what they share.
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]):
@@ -52,6 +52,7 @@ class Rows(Sequence[Row]):
         self._positions = np.concatenate(positions) if positions else np.zeros(0, np.int64)
         self._store = np.repeat(np.arange(len(self.stores)), [len(part) for part in positions])
         self.lengths, self.num_images, self.supervised = (self._admitted(name, positions) for name in ("length", "num_images", "supervised"))
+        self.prefixes, self.prefix_lengths, self.prefix_images = (self._admitted(f"prefix{name}", positions) for name in ("", "_length", "_images"))
         self.sources = self._store
         self.copies = np.asarray(weights, np.float64)[self._store]
 

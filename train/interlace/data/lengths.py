@@ -23,6 +23,15 @@ def expand(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int) -
     return tuple(np.repeat(values, repeats) for values in (encoded.input_ids, encoded.labels, encoded.weights))  # type: ignore[return-value]
 
 
+def prefix_of(encoded: Encoded, image_token_id: int) -> tuple[int, int]:
+    """(ids, images) of all up to the last image before the first supervised token; (0, 0) without such an image, and of preference pairs."""
+    supervised = np.flatnonzero(encoded.labels >= 0)
+    if not len(supervised) or encoded.leaf_starts:
+        return 0, 0
+    images = np.flatnonzero(encoded.input_ids[: supervised[0]] == image_token_id)
+    return (int(images[-1]) + 1, len(images)) if len(images) else (0, 0)
+
+
 def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_length: int, too_long: TooLong) -> tuple[Encoded, str]:
     """The row cut to `max_length` by whole exchanges from its end, so that images stay whole and every kept answer keeps its context.
 

@@ -1,12 +1,16 @@
-"""Lengths -> an epoch's plan: optimizer steps, each a list of micro-batches made without knowing the ranks.
+"""Lengths and costs -> an epoch's plan: optimizer steps, each a list of micro-batches made without knowing the ranks.
 
-Every micro-batch holds at most `budget` tokens; every step has world size x accumulation of them. All epochs have the same number of steps, so the
-plan's state is (epoch, step).
+Every micro-batch holds at most `budget` tokens; every step has world size x accumulation of them, of nearly equal cost. All epochs have the same number of
+steps, so the plan's state is (epoch, step).
 """
 
 import hashlib
+import heapq
 import random
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,50 +20,99 @@ from torch.utils.data import DataLoader, Sampler
 from interlace.errors import InputError
 
 MicroBatch = list[int]
-_OPEN_BATCHES = 16  # how many unfilled micro-batches are kept to find a place for the next row
+_OPEN_BATCHES = 64  # how many unfilled micro-batches are kept to find a place for the next row
+_WINDOW = 32  # steps whose micro-batches are sorted by cost, so that those of a step take equally long
 
 
-def token_budget(lengths: Sequence[int], rows_per_batch: int, max_tokens_per_batch: int | None) -> int:
+def token_budget(lengths: Sequence[int] | np.ndarray, rows_per_batch: int, max_tokens_per_batch: int | None) -> int:
     """Tokens per micro-batch: what the user says, else rows_per_batch times the mean length; never below the longest row."""
     wanted = max_tokens_per_batch or round(rows_per_batch * sum(lengths) / len(lengths))
-    return max(wanted, max(lengths))
+    return max(wanted, int(max(lengths)))
 
 
-def pack(lengths: Sequence[int], budget: int, order: Sequence[int], rows_per_batch: int | None = None) -> list[MicroBatch]:
-    """Rows in `order` -> micro-batches of at most `budget` tokens, each row into the fullest open batch it fits (best fit).
+def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Items of these sizes, in order -> groups of at most `budget` together, as positions; each goes into the fullest open group it fits (best fit)."""
+    done: list[list[int]] = []
+    rooms: list[int] = []  # what is left in each open group, ascending
+    groups: list[list[int]] = []
+    for item, size in enumerate(sizes):
+        place = bisect_left(rooms, size)
+        if place < len(rooms):
+            room, group = rooms.pop(place) - size, groups.pop(place)
+            group.append(item)
+        else:
+            if len(rooms) == _OPEN_BATCHES:
+                done.append(groups.pop(0))
+                del rooms[0]
+            room, group = budget - size, [item]
+        place = bisect_left(rooms, room)
+        rooms.insert(place, room)
+        groups.insert(place, group)
+    return done + groups
 
-    With `rows_per_batch`, micro-batches hold exactly that many rows instead (the last one fewer), whatever their length.
-    """
-    if rows_per_batch is not None:
-        return [list(order[start : start + rows_per_batch]) for start in range(0, len(order), rows_per_batch)]
-    done: list[MicroBatch] = []
-    open_batches: list[tuple[int, MicroBatch]] = []
-    for row in order:
-        length = lengths[row]
-        fitting = [i for i, (used, _) in enumerate(open_batches) if used + length <= budget]
-        if fitting:
-            best = max(fitting, key=lambda i: open_batches[i][0])
-            used, batch = open_batches[best]
-            batch.append(row)
-            open_batches[best] = (used + length, batch)
-            continue
-        if len(open_batches) == _OPEN_BATCHES:
-            fullest = max(range(len(open_batches)), key=lambda i: open_batches[i][0])
-            done.append(open_batches.pop(fullest)[1])
-        open_batches.append((length, [row]))
-    return done + [batch for _, batch in open_batches]
+
+def pack_rows(order: Sequence[int], lengths: Sequence[int], budget: int, prefixes: "Prefixes | None" = None) -> list[MicroBatch]:
+    """Rows in `order` -> micro-batches of at most `budget` tokens, rows that share a prefix together."""
+    if prefixes is None:
+        return [[order[item] for item in group] for group in pack([lengths[row] for row in order], budget)]
+    units, sizes = prefixes.units(order, lengths, budget)
+    return [[row for item in group for row in units[item]] for group in pack(sizes, budget)]
 
 
 def split_to(batches: list[MicroBatch], count: int, shortest: int) -> list[MicroBatch]:
     """Splits the micro-batches with most rows until there are `count`; when all hold one row, adds `~shortest`: that row once more, at zero weight."""
-    batches = [list(batch) for batch in batches]
+    batches = list(batches)
+    largest = [(-len(batch), i) for i, batch in enumerate(batches)] if len(batches) < count else []
+    heapq.heapify(largest)
     while len(batches) < count:
-        largest = max(batches, key=len)
-        half = len(largest) // 2
-        batches.append(largest[half:] if half else [~shortest])
-        if half:
-            del largest[half:]
+        size, i = heapq.heappop(largest)
+        half = -size // 2
+        if not half:
+            return batches + [[~shortest]] * (count - len(batches))
+        batches[i], rest = batches[i][:half], batches[i][half:]
+        heapq.heappush(largest, (-half, i))
+        heapq.heappush(largest, (-len(rest), len(batches)))
+        batches.append(rest)
     return batches
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Which rows begin alike and may share what they begin with in a micro-batch.
+
+    groups: (N,) number of each row's prefix, -1 for a row that shares nothing. lengths, num_images, costs: of the prefixes, by their numbers; the rows' own
+    contain them. max_rows: how many rows may share one in a micro-batch.
+    """
+
+    groups: np.ndarray
+    lengths: np.ndarray
+    num_images: np.ndarray
+    costs: np.ndarray
+    max_rows: int
+
+    def units(self, order: Sequence[int], lengths: Sequence[int], budget: int) -> tuple[list[list[int]], list[int]]:
+        """Rows in order -> rows that share a prefix together, where the first of them stood; and the tokens of each such unit, at most `budget`."""
+        groups, prefix_lengths = self.groups.tolist(), self.lengths.tolist()
+        units: list[list[int]] = []
+        sizes: list[int] = []
+        open_units: dict[int, int] = {}
+        for row in order:
+            group, length = groups[row], lengths[row]
+            if group >= 0:
+                unit = open_units.get(group)
+                if unit is not None and len(units[unit]) < self.max_rows and sizes[unit] + length - prefix_lengths[group] <= budget:
+                    units[unit].append(row)
+                    sizes[unit] += length - prefix_lengths[group]
+                    continue
+                open_units[group] = len(units)
+            units.append([row])
+            sizes.append(length)
+        return units, sizes
+
+    def shared(self, batch: MicroBatch, values: np.ndarray) -> float:
+        """What a micro-batch saves of a value of the prefixes (their lengths or costs) by having each only once."""
+        counts = Counter(self.groups[max(row, ~row)] for row in batch)
+        return float(sum((count - 1) * values[group] for group, count in counts.items() if group >= 0))
 
 
 class Plan:
@@ -67,7 +120,7 @@ class Plan:
 
     Args:
         lengths: expanded tokens of each row.
-        costs: relative cost of each row, to share a step's micro-batches evenly; any unit.
+        costs: of each row, in any unit, to make the micro-batches of a step equally long.
         budget: tokens per micro-batch.
         rows_per_batch: exact rows per micro-batch, or None to fill up to `budget`.
         epochs: how many epochs may be asked for.
@@ -76,12 +129,13 @@ class Plan:
         shuffle: False keeps rows in order (evaluation).
         copies: how often each row comes in an epoch; of a fraction, that share of its source's rows is drawn anew each epoch; None for once each.
         sources: number of each row's source; None if all have the same.
+        prefixes: what rows may share; None if nothing.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
-        costs: Sequence[float],
+        costs: Sequence[float] | np.ndarray,
         budget: int,
         rows_per_batch: int | None,
         epochs: int,
@@ -91,8 +145,10 @@ class Plan:
         shuffle: bool = True,
         copies: Sequence[float] | np.ndarray | None = None,
         sources: Sequence[int] | np.ndarray | None = None,
+        prefixes: Prefixes | None = None,
     ):
-        self.lengths, self.costs, self.budget, self.rows_per_batch = lengths, costs, budget, rows_per_batch
+        self.lengths, self.budget, self.rows_per_batch, self.prefixes = lengths, budget, rows_per_batch, prefixes
+        self.costs: list[float] = np.asarray(costs, np.float64).tolist()
         self.seed, self.world_size, self.accumulation, self.shuffle = seed, world_size, accumulation, shuffle
         self.copies = None if copies is None or all(copy == 1 for copy in copies) else np.asarray(copies)
         self.sources = np.zeros(len(lengths), np.int64) if sources is None else np.asarray(sources)
@@ -104,7 +160,8 @@ class Plan:
         """The same for the same micro-batches, however many ranks share them; the number of steps in an epoch is not part of it."""
         settings = (self.budget, self.rows_per_batch, self.seed, self.world_size * self.accumulation, self.shuffle)
         content = hashlib.sha256(repr(settings).encode())
-        for values in (self.lengths, self.sources, () if self.copies is None else self.copies):
+        shared = () if self.prefixes is None else (self.prefixes.groups, self.prefixes.lengths, self.prefixes.costs, [self.prefixes.max_rows])
+        for values in (self.lengths, self.costs, self.sources, () if self.copies is None else self.copies, *shared):
             content.update(np.asarray(values, np.float64).tobytes())
         return content.hexdigest()
 
@@ -122,7 +179,11 @@ class Plan:
         order = self._drawn(epoch)
         if self.shuffle:
             random.Random(f"{self.seed} rows {epoch}").shuffle(order)
-        return pack(self.lengths, self.budget, order, self.rows_per_batch)
+        if self.rows_per_batch is None:
+            return pack_rows(order, self.lengths, self.budget, self.prefixes)
+        if self.prefixes is not None:
+            order = [row for unit in self.prefixes.units(order, self.lengths, sum(self.lengths))[0] for row in unit]
+        return [order[start : start + self.rows_per_batch] for start in range(0, len(order), self.rows_per_batch)]
 
     def _drawn(self, epoch: int) -> list[int]:
         """The rows of an epoch, in order of their numbers."""
@@ -141,20 +202,38 @@ class Plan:
         """Rows in the first epoch, copies counted."""
         return len(self._drawn(0))
 
+    def cost(self, batch: MicroBatch) -> float:
+        """What a micro-batch costs, in the unit of `costs`."""
+        total = float(sum(self.costs[max(row, ~row)] for row in batch))
+        return total if self.prefixes is None else total - self.prefixes.shared(batch, self.prefixes.costs)
+
+    def num_tokens(self, batch: MicroBatch) -> int:
+        """Tokens of a micro-batch, what its rows share counted once."""
+        total = sum(self.lengths[max(row, ~row)] for row in batch)
+        return total if self.prefixes is None else total - int(self.prefixes.shared(batch, self.prefixes.lengths))
+
     def steps(self, epoch: int) -> list[list[MicroBatch]]:
-        """The epoch's optimizer steps; every row drawn for the epoch stands in it as often as it was drawn. `~row` is a filler: that row at zero weight."""
+        """The epoch's optimizer steps; every row drawn for the epoch stands in it as often as it was drawn. `~row` is a filler: that row at zero weight.
+
+        Micro-batches are shuffled, and sorted by cost within windows of some steps, so that those of one step cost nearly the same; then steps are shuffled.
+        """
         shortest = min(range(len(self.lengths)), key=self.lengths.__getitem__)
-        batches = split_to(self._packed(epoch), self.batches_per_epoch, shortest)
+        batches, size = split_to(self._packed(epoch), self.batches_per_epoch, shortest), self.world_size * self.accumulation
         if self.shuffle:
             random.Random(f"{self.seed} batches {epoch}").shuffle(batches)
-        size = self.world_size * self.accumulation
-        return [batches[start : start + size] for start in range(0, len(batches), size)]
+        if size > 1:
+            windows = (batches[start : start + _WINDOW * size] for start in range(0, len(batches), _WINDOW * size))
+            batches = [batch for window in windows for batch in sorted(window, key=self.cost)]
+        steps = [batches[start : start + size] for start in range(0, len(batches), size)]
+        if self.shuffle:
+            random.Random(f"{self.seed} steps {epoch}").shuffle(steps)
+        return steps
 
     def share(self, epoch: int, rank: int) -> list[MicroBatch]:
         """One rank's micro-batches of an epoch, in order: of each step equally many, dealt by falling cost, back and forth."""
         mine = []
         for step in self.steps(epoch):
-            by_cost = sorted(step, key=lambda batch: -sum(self.costs[max(row, ~row)] for row in batch))
+            by_cost = sorted(step, key=self.cost, reverse=True)
             for start in range(0, len(by_cost), self.world_size):
                 turn = by_cost[start : start + self.world_size]
                 mine.append(turn[rank if (start // self.world_size) % 2 == 0 else -1 - rank])

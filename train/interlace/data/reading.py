@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from interlace.data.formats import FORMATS, recognise
 from interlace.data.ledger import Entry
-from interlace.data.lengths import TooLong, expanded_length, fit, most_frames
+from interlace.data.lengths import TooLong, expanded_length, fit, most_frames, prefix_of
 from interlace.data.media import check_image
 from interlace.data.places import Finder, MediaFolder, frame_folder
 from interlace.data.sample import BadRow, Image, Part, Place, PreferencePair, Sample, Text, Turn, Video, media_of
@@ -19,7 +19,7 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-_VERSION = 4  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 5  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,10 @@ def wanted_kind(sources: Sequence[Source]) -> Literal["supervised", "preference"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An admitted row. `image_tokens` counts the tokens of each of its images (video frames included); `length` is in expanded tokens."""
+    """An admitted row. `image_tokens` counts the tokens of each of its images (video frames included); `length` is in expanded tokens.
+
+    `prefix_ids` and `prefix_images` count the ids and images of what other rows may begin with, too: all up to the last image before the first answer.
+    """
 
     file: str
     index: int
@@ -68,6 +71,18 @@ class Row:
     images: tuple[Place, ...]
     image_tokens: tuple[int, ...]
     length: int
+    prefix_ids: int = 0
+    prefix_images: int = 0
+
+    @property
+    def prefix(self) -> tuple[bytes, tuple[Place, ...], tuple[int, ...]]:
+        """The same for rows that begin with the same images and text."""
+        return self.encoded.input_ids[: self.prefix_ids].tobytes(), self.images[: self.prefix_images], self.image_tokens[: self.prefix_images]
+
+    @property
+    def prefix_length(self) -> int:
+        """The prefix in expanded tokens."""
+        return self.prefix_ids - self.prefix_images + sum(self.image_tokens[: self.prefix_images])
 
     @property
     def supervised_tokens(self) -> int:
@@ -163,7 +178,7 @@ class RowReader:
             return Outcome(record, kind, None, None, Entry(record.file, record.index, "skipped", error.reason, error.detail))
         dropped = None if kept is encoded else _rest(encoded, kept)
         places, tokens = places[: kept.num_images], tokens[: kept.num_images]
-        row = Row(record.file, record.index, kept, tuple(places), tuple(tokens), expanded_length(kept, tokens))
+        row = Row(record.file, record.index, kept, tuple(places), tuple(tokens), expanded_length(kept, tokens), *prefix_of(kept, self.template.image_token_id))
         reason = "too_long" if shortened else "fewer_frames" if fewer else "opening_assistant_turn" if sample.note else None
         detail = "; ".join(text for text in (sample.note, fewer, shortened) if text)
         entry = Entry(record.file, record.index, "shortened", reason, detail) if reason else None

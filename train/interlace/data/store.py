@@ -4,6 +4,7 @@ A store holds what became of every row of one source. Its folder is named by a h
 whichever process comes first, and shared by all ranks, workers and later runs for as long as its media stay as they were.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,10 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("supervised", pa.int32()),
         ("num_images", pa.int32()),
+        ("prefix", pa.int64()),  # a hash; 0 if the row shares nothing
+        ("prefix_ids", pa.int32()),
+        ("prefix_images", pa.int32()),
+        ("prefix_length", pa.int32()),
         ("input_ids", pa.list_(pa.int32())),
         ("spans", pa.list_(_SPAN)),  # the supervised tokens: labels are their ids
         ("leaf_starts", pa.list_(pa.int32())),
@@ -80,7 +85,7 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
     if entry is not None:
         values |= {"reason": entry.reason, "detail": entry.detail}
     if row is None:
-        return values | {"length": 0, "supervised": 0, "num_images": 0}
+        return values | dict.fromkeys(("length", "supervised", "num_images", "prefix", "prefix_ids", "prefix_images", "prefix_length"), 0)
     media = [
         {"path": place.path, "offset": place.offset, "size": place.size, "pts": place.pts, "tokens": tokens}
         for place, tokens in zip(row.images, row.image_tokens, strict=True)
@@ -91,12 +96,18 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
         "length": row.length,
         "supervised": row.supervised_tokens,
         "num_images": len(row.images),
+        "prefix": _hash(row.prefix) if row.prefix_images else 0,
+        **{name: getattr(row, name) for name in ("prefix_ids", "prefix_images", "prefix_length")},
         "input_ids": row.encoded.input_ids,
         "spans": _spans(row.encoded),
         "leaf_starts": row.encoded.leaf_starts,
         "media": media,
         "files": [{"path": path, "bytes": stats[path][0], "time": stats[path][1]} for path in paths],
     }
+
+
+def _hash(value: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little", signed=True)
 
 
 def _spans(encoded: Encoded) -> list[dict[str, Any]]:
@@ -182,7 +193,8 @@ class Store:
         tokens = tuple(item["tokens"] for item in media)
         leaves = tuple(batch.column("leaf_starts")[i].as_py())
         encoded = Encoded(ids, labels, weights, len(places), leaf_starts=leaves)
-        return Row(self.file, batch.column("index")[i].as_py(), encoded, places, tokens, batch.column("length")[i].as_py())
+        index, length, *prefix = (batch.column(name)[i].as_py() for name in ("index", "length", "prefix_ids", "prefix_images"))
+        return Row(self.file, index, encoded, places, tokens, length, *prefix)
 
     def entries(self) -> Iterator[Entry]:
         """The ledger entries of the rows that were not simply trained, in order."""

@@ -10,17 +10,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from interlace.arguments import SCHEMA_PATH, Arguments, resolve
-from interlace.data.packing import pack, token_budget
+from interlace.data.packing import Prefixes, pack_rows
 from interlace.errors import InputError
 from interlace.model.costs import step_costs
 from interlace.training.forecast import (
-    Columns,
     Memory,
     MicroShape,
     Sharding,
-    checkpoints,
-    compute_dtype,
-    empty_model,
     fits,
     fullest,
     mean_shape,
@@ -30,6 +26,8 @@ from interlace.training.forecast import (
     sharding_of,
     sizes_of,
 )
+from interlace.training.outline import checkpoints, compute_dtype, empty_model
+from interlace.training.planning import Columns, wanted_budget
 from interlace.training.rehearsal import Rehearsal
 
 Changes = dict[str, Any]
@@ -82,7 +80,7 @@ class Search:
     Args:
         arguments: what the user asked for.
         config: the model's.
-        rows: of the training set.
+        rows: of the training set; prefixes: what they may share.
         world_size, device: where it is to run.
         available: bytes on each device.
         tried: is told of each configuration that is tried.
@@ -93,15 +91,16 @@ class Search:
         arguments: Arguments,
         config: PretrainedConfig,
         rows: Columns,
+        prefixes: Prefixes | None,
         world_size: int,
         device: str,
         available: int,
         tried: Callable[[Changes], None] = lambda changes: None,
     ):
-        self.arguments, self.config, self.rows = arguments, config, rows
+        self.arguments, self.config, self.rows, self.prefixes = arguments, config, rows, prefixes
         self.world_size, self.device, self.available, self.tried = world_size, device, available, tried
         self.longest = int(rows.lengths.max())
-        self.wanted = token_budget(rows.lengths.tolist(), arguments["per_device_train_batch_size"], arguments["max_tokens_per_batch"])
+        self.wanted = wanted_budget(rows.lengths, prefixes, arguments["per_device_train_batch_size"], arguments["max_tokens_per_batch"])
         self._rehearsals: dict[str, list[Rehearsal]] = {}
 
     def run(self) -> Fit:
@@ -176,7 +175,7 @@ class Search:
     def _shapes(self, budget: int) -> list[MicroShape]:
         rows, order = self.rows, list(range(len(self.rows.lengths)))
         random.Random(self.arguments["seed"]).shuffle(order)
-        return micro_shapes(pack(rows.lengths.tolist(), budget, order), rows)
+        return micro_shapes(pack_rows(order, rows.lengths.tolist(), budget, self.prefixes), rows, self.prefixes)
 
     def _largest_budget(self, changes: Changes, sharding: Sharding, smallest: Memory) -> tuple[int, Memory]:
         """Up to the wanted budget; between two points memory grows in a straight line, or less."""

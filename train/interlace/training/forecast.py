@@ -1,26 +1,25 @@
 """What a run will need, before it starts: memory per device and host, disk, time. Arithmetic on plain values; `rehearsal` and `probe` measure them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
-from transformers.initialization import no_init_weights
 
-from interlace.arguments import list_value, read_json
-from interlace.data.packing import MicroBatch
-from interlace.model.costs import BatchShape, Cost, StepCosts
+from interlace.arguments import read_json
+from interlace.data.batch import Segment
+from interlace.data.packing import MicroBatch, Prefixes
+from interlace.model.costs import BatchShape, Cost, StepCosts, attended_pairs
 from interlace.model.families import part_of
-from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.model.tuning import TunedModel
 from interlace.sharding_arguments import deepspeed_path
+from interlace.training.planning import Columns
 from interlace.training.rehearsal import Rehearsal, rehearse
-from interlace.training.supervised import new_adapter
 
 # Bytes of optimizer state for each parameter that trains; Adam in float32 keeps two numbers
 OPTIMIZER_BYTES = {"sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0, "adafactor": 0.1, "lion_32bit": 4.0, "paged_lion_32bit": 4.0, "adamw_torch_4bit": 1.2}
@@ -88,32 +87,47 @@ class Memory:
 
 @dataclass(frozen=True)
 class MicroShape:
-    """A micro-batch as the forecast sees it: the length of each row, and how many images and supervised tokens they have together."""
+    """A micro-batch as the forecast sees it: the length of each segment, how many images and supervised tokens they have together, and each segment's parent
+    (-1: none), without which all are rows of their own."""
 
     lengths: tuple[int, ...]
     num_images: int
     num_rows: int
+    parents: tuple[int, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The forest."""
+        ends, parents = accumulate(self.lengths), self.parents or (-1,) * len(self.lengths)
+        return tuple(Segment(end - length, end, parent) for length, end, parent in zip(self.lengths, ends, parents, strict=True))
 
     @property
     def shape(self) -> BatchShape:
         """What its cost depends on."""
-        pairs = sum(length * (length + 1) // 2 for length in self.lengths)
-        return BatchShape(sum(self.lengths), pairs, self.num_images, self.num_rows)
+        return BatchShape(sum(self.lengths), attended_pairs(self.segments), self.num_images, self.num_rows)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Length, images (as many as the tower sees) and supervised tokens of every row, (N,) each."""
-
-    lengths: np.ndarray
-    num_images: np.ndarray
-    supervised: np.ndarray
+def micro_shapes(batches: Sequence[MicroBatch], rows: Columns, prefixes: Prefixes | None = None) -> list[MicroShape]:
+    """The shapes of planned micro-batches. Images count as distinct, but for those of a shared prefix."""
+    return [_micro_shape(np.array([max(row, ~row) for row in batch]), rows, prefixes) for batch in batches]
 
 
-def micro_shapes(batches: Sequence[MicroBatch], rows: Columns) -> list[MicroShape]:
-    """The shapes of planned micro-batches. Images count as distinct, also those that two rows share."""
-    numbers = [[max(row, ~row) for row in batch] for batch in batches]
-    return [MicroShape(tuple(rows.lengths[n].tolist()), int(rows.num_images[n].sum()), int(rows.supervised[n].sum())) for n in numbers]
+def _micro_shape(numbers: np.ndarray, rows: Columns, prefixes: Prefixes | None) -> MicroShape:
+    images, supervised = int(rows.num_images[numbers].sum()), int(rows.supervised[numbers].sum())
+    if prefixes is None:
+        return MicroShape(tuple(rows.lengths[numbers].tolist()), images, supervised)
+    lengths: list[int] = []
+    parents: list[int] = []
+    groups = prefixes.groups[numbers]
+    for group in dict.fromkeys(groups.tolist()):
+        own = rows.lengths[numbers[groups == group]].tolist()
+        if group < 0 or len(own) == 1:
+            lengths, parents = lengths + own, parents + [-1] * len(own)
+            continue
+        trunk, parent = int(prefixes.lengths[group]), len(lengths)
+        lengths, parents = [*lengths, trunk, *(length - trunk for length in own)], [*parents, -1, *[parent] * len(own)]
+        images -= (len(own) - 1) * int(prefixes.num_images[group])
+    return MicroShape(tuple(lengths), images, supervised, tuple(parents))
 
 
 def fullest(shapes: Sequence[MicroShape]) -> list[MicroShape]:
@@ -125,48 +139,6 @@ def mean_shape(shapes: Sequence[MicroShape]) -> BatchShape:
     """The mean over micro-batches; costs are linear in it."""
     table = np.array([[shape.shape.num_tokens, shape.shape.num_pairs, shape.num_images, shape.num_rows] for shape in shapes], np.float64)
     return BatchShape(*table.mean(0).tolist())
-
-
-def compute_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
-    """The type of the run's matrix products."""
-    return torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else torch.float32
-
-
-def empty_model(config: PretrainedConfig, arguments: Mapping[str, Any]) -> TunedModel:
-    """The run's model with what learns set, on the meta device: shapes and types without memory; quantised layers as if they were not.
-
-    Raises:
-        InputError: what is to learn does not fit the model.
-    """
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
-        model.tie_weights()
-        parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
-        keeps_types = not arguments["lora"] and compute_dtype(arguments) is not torch.float32
-        tuned = tune(model, parts, _adapter(arguments), None, include, exclude, None if keeps_types else compute_dtype(arguments))
-    tuned.packed.family = replace(tuned.packed.family, tiling=None)  # cut or not, tiles are what the tower and the projector see
-    language, vision = checkpoints(arguments)
-    if language:
-        tuned.packed.activation_checkpointing_enable()
-    if vision:
-        tuned.packed.checkpoint_tower()
-    return tuned
-
-
-def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
-    """The adapter's settings: from the keys, or from the adapter that is continued."""
-    if not (arguments["lora"] and arguments["lora_path"]):
-        return new_adapter(dict(arguments))
-    saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
-    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
-    return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
-
-
-def checkpoints(arguments: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether the language model recomputes its activations, and the vision tower."""
-    newer, own = arguments["activation_checkpointing"], arguments["vision_gradient_checkpointing"]
-    language = bool(arguments["gradient_checkpointing"] if newer is None else newer)
-    return language, language if own is None else bool(own)
 
 
 def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any]) -> Sizes:
@@ -227,7 +199,7 @@ def memory_of(sizes: Sizes, rehearsals: Sequence[Rehearsal], sharding: Sharding,
 
 def rehearse_all(tuned: TunedModel, shapes: Sequence[MicroShape], dtype: torch.dtype) -> list[Rehearsal]:
     """Rehearses each of these micro-batches."""
-    return [rehearse(tuned, shape.lengths, shape.num_images, shape.num_rows, dtype) for shape in shapes]
+    return [rehearse(tuned, shape.segments, shape.num_images, shape.num_rows, dtype) for shape in shapes]
 
 
 @dataclass(frozen=True)

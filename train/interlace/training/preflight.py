@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -21,11 +20,9 @@ from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.costs import BatchShape, StepCosts, step_costs
-from interlace.model.families import family_of
 from interlace.model.loading import Processing
 from interlace.training.fitting import Fit, Search
 from interlace.training.forecast import (
-    Columns,
     Disk,
     Machine,
     Memory,
@@ -33,10 +30,7 @@ from interlace.training.forecast import (
     Sharding,
     Sizes,
     Speed,
-    checkpoints,
-    compute_dtype,
     disk_of,
-    empty_model,
     fits,
     fullest,
     mean_shape,
@@ -46,6 +40,8 @@ from interlace.training.forecast import (
     sharding_of,
     sizes_of,
 )
+from interlace.training.outline import checkpoints, compute_dtype, empty_model
+from interlace.training.planning import columns_of, prefixes_of
 from interlace.training.probe import probe
 from interlace.training.rehearsal import Rehearsal
 from interlace.training.resume import check_output_dir
@@ -98,14 +94,6 @@ def refused_output(arguments: Arguments, path: str) -> list[str]:
     return []
 
 
-def columns_of(rows: Rows, config: PretrainedConfig) -> Columns:
-    """What the forecast needs of every row. Of a model that cuts images into tiles, the tower sees about as many tiles as fill the row's tokens."""
-    family, images = family_of(config), rows.num_images
-    if family.tiling is not None:
-        images = np.where(images > 0, np.maximum(images, -(-rows.lengths // family.tokens_per_image(config))), 0)
-    return Columns(rows.lengths, images, rows.supervised)
-
-
 @dataclass(frozen=True)
 class RunForecast:
     """What a run on `world_size` devices needs. `shapes` are the first epoch's micro-batches; `parts` (name, parameters, those that learn)."""
@@ -154,7 +142,7 @@ def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArg
     """
     steps_per_epoch = -(-plan.batches_per_epoch // (world_size * plan.accumulation))
     total_steps = args.max_steps if args.max_steps > 0 else int(-(-steps_per_epoch * args.num_train_epochs // 1))
-    shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], columns_of(rows, config))
+    shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], columns_of(rows, config), plan.prefixes)
     tuned = empty_model(config, arguments)
     sizes, costs, parts = sizes_of(tuned, arguments), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
     disk = disk_of(tuned, sizes, arguments, total_steps, total_steps / steps_per_epoch)
@@ -177,7 +165,7 @@ def measure_speed(
         tuned.packed.activation_checkpointing_enable()
     if vision:
         tuned.packed.checkpoint_tower()
-    pack = Collator(processing.process_images, processing.config.image_token_id).pack
+    pack = Collator(processing.process_images, processing.config.image_token_id, arguments["share_prefix"]).pack
     first = [max(row, ~row) for row in forecast.plan.steps(0)[0][0]]
     counts = [*(2**i for i in range(len(first).bit_length()) if 2**i < len(first)), len(first)]
     reading: list[float] = []
@@ -200,9 +188,17 @@ def search_fit(arguments: Arguments, config: PretrainedConfig, rows: Rows, world
     Raises:
         InputError: nothing fits.
     """
-    columns = columns_of(rows, config)
+    columns, costs = columns_of(rows, config), step_costs(empty_model(config, arguments))
+    prefixes = prefixes_of(rows, config, costs, arguments["max_rows_per_prefix"]) if arguments["share_prefix"] else None
     with tqdm(bar_format="{desc} {elapsed}", leave=False) as bar:
         search = Search(
-            arguments, config, columns, world_size, machine.device, machine.memory, lambda changes: bar.set_description_str(f"trying {json.dumps(changes)}")
+            arguments,
+            config,
+            columns,
+            prefixes,
+            world_size,
+            machine.device,
+            machine.memory,
+            lambda changes: bar.set_description_str(f"trying {json.dumps(changes)}"),
         )
         return search.run()

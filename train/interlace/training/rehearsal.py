@@ -7,7 +7,6 @@ shapes and types alone, in seconds whatever the size of the model. On a GPU the 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -94,12 +93,12 @@ class _Allocations(TorchDispatchMode):
             self.kinds[storage._cdata] = ("gradients", size)
 
 
-def rehearse(tuned: TunedModel, lengths: Sequence[int], num_images: int, num_rows: int, compute_dtype: torch.dtype) -> Rehearsal:
+def rehearse(tuned: TunedModel, segments: Sequence[Segment], num_images: int, num_rows: int, compute_dtype: torch.dtype) -> Rehearsal:
     """Counts the bytes of one forward and backward pass over a micro-batch.
 
     Args:
         tuned: a model on the meta device; its parameters and buffers are replaced.
-        lengths: tokens of each row of the micro-batch.
+        segments: of the micro-batch.
         num_images, num_rows: its distinct images and supervised tokens.
         compute_dtype: autocast to this type, unless it is float32.
     """
@@ -112,7 +111,7 @@ def rehearse(tuned: TunedModel, lengths: Sequence[int], num_images: int, num_row
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(allocations.mark_gradient)
         with allocations:
-            batch = _batch(tuned, lengths, num_images, num_rows)
+            batch = _batch(tuned, segments, num_images, num_rows)
             with torch.autocast("cpu", dtype=compute_dtype, enabled=compute_dtype is not torch.float32):
                 scores = tuned.packed(**model_inputs(batch, tuned.tower))
             loss = supervised_loss(scores.log_probs, batch.weights, 1.0)
@@ -133,20 +132,19 @@ def _make_fake(roots: Sequence[nn.Module]) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _batch(tuned: TunedModel, lengths: Sequence[int], num_images: int, num_rows: int) -> PackedBatch:
+def _batch(tuned: TunedModel, segments: Sequence[Segment], num_images: int, num_rows: int) -> PackedBatch:
     """A micro-batch of this shape; what stands in it does not matter."""
-    config, vision, tokens = tuned.base.config, tuned.base.config.vision_config, sum(lengths)
-    ends = list(accumulate(lengths))
+    config, vision, tokens = tuned.base.config, tuned.base.config.vision_config, segments[-1].end
     rows = torch.zeros(num_rows, dtype=torch.long)
     return PackedBatch(
         input_ids=torch.zeros(1, tokens, dtype=torch.long),
         position_ids=torch.zeros(1, tokens, dtype=torch.long),
-        segments=tuple(Segment(end - length, end) for length, end in zip(lengths, ends, strict=True)),
+        segments=tuple(segments),
         rows=rows,
         targets=rows,
         weights=torch.zeros(num_rows),
         sequence_index=rows,
-        row_numbers=tuple(range(len(lengths))),
+        row_numbers=tuple(range(len(segments))),
         pixel_values=torch.zeros(num_images, vision.num_channels, vision.image_size, vision.image_size) if num_images else None,
         image_index=torch.zeros(num_images, dtype=torch.long),
         image_positions=torch.zeros(num_images * tuned.packed.family.tokens_per_image(config), dtype=torch.long),

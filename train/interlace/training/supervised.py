@@ -11,23 +11,25 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import TrainingArguments, get_scheduler
+from transformers import PretrainedConfig, TrainingArguments, get_scheduler
 
 from interlace.arguments import Arguments, is_main_process, list_value
 from interlace.data.dataset import Rows, default_cache_dir, describe_formats, load_rows
 from interlace.data.download import UrlPolicy, hosts
 from interlace.data.ledger import Ledger
-from interlace.data.packing import Plan, token_budget
 from interlace.data.places import MediaFolder
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
+from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
-from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.model.tuning import TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.lock import FolderLock
 from interlace.training.nodes import check_nodes, meet
+from interlace.training.outline import empty_model, new_adapter
+from interlace.training.planning import evaluation_plan, tokens_of, training_plan
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
@@ -67,10 +69,11 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     processing = processing_of(path, arguments)
     reader = row_reader(arguments, processing)
     rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, ranks.is_main)
-    train = PlannedRows(rows, training_plan(rows, arguments, args))
+    costs = step_costs(empty_model(processing.config, arguments))
+    train = PlannedRows(rows, training_plan(rows, processing.config, costs, arguments, args))
     data = f"{rows.fingerprint} {train.plan.fingerprint}"
     check_nodes(ranks, without_secrets(arguments), path, data, say)
-    evaluation = evaluation_rows(arguments, reader, args)
+    evaluation = evaluation_rows(arguments, reader, processing.config, costs, args)
     total_steps = args.max_steps if args.max_steps > 0 else -(-train.plan.steps_per_epoch * args.num_train_epochs // 1)
     if arguments["resume_from_checkpoint"] is True and finished_steps(output_dir) >= total_steps:
         say(f"{output_dir}: this run is finished ({finished_steps(output_dir)} steps); nothing to do")
@@ -222,30 +225,14 @@ def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supe
     )
 
 
-def training_plan(rows: Rows, arguments: Arguments, args: TrainingArguments) -> Plan:
-    """The plan of the run's epochs for this world size."""
-    lengths = rows.lengths.tolist()
-    budget = token_budget(lengths, args.per_device_train_batch_size, arguments["max_tokens_per_batch"])
-    exact = None if arguments["packing"] else args.per_device_train_batch_size
-    seed = args.seed if args.data_seed is None else args.data_seed
-    accumulation, epochs = args.gradient_accumulation_steps, -(-args.num_train_epochs // 1)
-    plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies, sources=rows.sources)
-    if args.max_steps > 0:
-        epochs = -(-args.max_steps // plan.steps_per_epoch)
-        plan = Plan(lengths, lengths, budget, exact, max(1, int(epochs)), seed, args.world_size, accumulation, copies=rows.copies, sources=rows.sources)
-    return plan
-
-
-def evaluation_rows(arguments: Arguments, reader: RowReader, args: TrainingArguments) -> PlannedRows | None:
+def evaluation_rows(arguments: Arguments, reader: RowReader, config: PretrainedConfig, costs: StepCosts, args: TrainingArguments) -> PlannedRows | None:
     """The rows of `dataset.eval` in order, planned in one epoch; None if there are none."""
     entries = arguments["dataset"].get("eval")
     if not entries:
         return None
     rows, ledger = load_rows(read_entries(entries, args.seed), reader, arguments, args.process_index == 0)
     say(f"evaluation: {ledger.summary()}")
-    lengths = rows.lengths.tolist()
-    budget = token_budget(lengths, args.per_device_eval_batch_size, None)
-    return PlannedRows(rows, Plan(lengths, lengths, budget, None, 1, 0, args.world_size, shuffle=False))
+    return PlannedRows(rows, evaluation_plan(rows, config, costs, args))
 
 
 def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -> TunedModel:
@@ -263,15 +250,6 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, None if rounded else torch.float32)
 
 
-def new_adapter(arguments: Arguments) -> Lora | None:
-    """The settings of the adapter to train; None for full tuning."""
-    if not arguments["lora"]:
-        return None
-    targets = arguments["lora_target_modules"]
-    rank, alpha, dropout = (arguments[name] for name in ("lora_rank", "lora_alpha", "lora_dropout"))
-    return Lora(rank, alpha, dropout, None if targets is None else list_value(targets), arguments["use_dora"], arguments["use_rslora"])
-
-
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:
     """Says what will be trained, on what, in how many steps."""
     if args.process_index:
@@ -280,13 +258,16 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     totals = ("total", *(f"{sum(row[i] for row in tuned.part_table()):,}" for i in (1, 2)))  # type: ignore[misc]
     print_table("parameters", [("part", "total", "trainable"), *rows, totals])
     assert isinstance(train.rows, Rows)
-    plan, tokens = train.plan, float((train.rows.lengths * train.rows.copies).sum())
+    plan, (tokens, alone) = train.plan, tokens_of(train.plan)
     say("\ntraining: " + "\n          ".join(describe_formats(train.rows.stores)))
     say(f"          {ledger.summary()}")
     say(
         f"plan: {plan.steps_per_epoch:,} steps per epoch with {plan.rows_per_epoch / plan.steps_per_epoch:.1f} rows each, "
-        f"in {plan.world_size * plan.accumulation} micro-batches of at most {plan.budget:,} tokens ({tokens / plan.batches_per_epoch / plan.budget:.0%} used)\n"
+        f"in {plan.world_size * plan.accumulation} micro-batches of at most {plan.budget:,} tokens ({tokens / plan.batches_per_epoch / plan.budget:.0%} used)"
     )
+    if plan.prefixes is not None:
+        say(f"      shared prefixes: {tokens:,} tokens per epoch instead of {alone:,} ({alone / tokens:.1f}x fewer)")
+    say("")
 
 
 def prepare_output(output_dir: Path, arguments: Arguments, ledger: Ledger, checkpoint: Checkpoint | None, lock: FolderLock) -> str:

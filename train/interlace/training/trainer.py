@@ -81,7 +81,7 @@ class PackedTrainer(DurableTrainer):
         return PlanLoader(
             NumberedRows(planned.rows),  # type: ignore[arg-type]
             batch_sampler=PlanSampler(planned.plan, self.args.process_index),
-            collate_fn=Collator(self.processing.process_images, self.processing.config.image_token_id),
+            collate_fn=Collator(self.processing.process_images, self.processing.config.image_token_id, planned.plan.prefixes is not None),
             num_workers=workers,
             pin_memory=pin and self.args.device.type == "cuda",
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
