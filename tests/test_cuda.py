@@ -7,20 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from interlace.data.batch import Segment
-from interlace.model.attention import sdpa_segments
+from interlace.model.attention_kernels import choose, problem
 from interlace.training.supervised import finetune
 from tests.test_training import losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (and CUDA_VISIBLE_DEVICES to show it)")
 
 
-def test_segment_attention_on_the_gpu_equals_the_cpu() -> None:
-    segments = [Segment(0, 6), Segment(6, 9, 0), Segment(9, 14, 0), Segment(14, 20)]
-    q, k, v = (torch.randn(1, heads, 20, 16) for heads in (4, 2, 2))
-    expected, _ = sdpa_segments(torch.nn.Identity(), q, k, v, None, segments=segments)
-    found, _ = sdpa_segments(torch.nn.Identity(), q.cuda(), k.cuda(), v.cuda(), None, segments=segments)
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(16, 16, 64), (32, 32, 128), (28, 4, 128), (4, 1, 80)])
+def test_attention_kernels_equal_the_dense_mask(backend: str, heads: int, groups: int, size: int) -> None:
+    """Forward and backward, trunks, children and grandchildren; float32 where the backend takes it."""
+    for dtype in (torch.bfloat16, torch.float16, *([] if backend == "varlen" else [torch.float32])):
+        assert problem(backend, torch.device("cuda"), dtype, heads, groups, size) is None
+
+
+def test_auto_finds_a_kernel() -> None:
+    assert choose("auto", torch.device("cuda"), torch.bfloat16, 16, 16, 64) != "sdpa"
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])

@@ -1,6 +1,5 @@
 """The packed forward pass against separate sequences, plain Hugging Face, naive masks: tiny model, float32 on the CPU."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from interlace.data.batch import Collator, PackedBatch, Segment
 from interlace.data.dataset import load_rows
 from interlace.data.reading import Row
 from interlace.data.sources import read_entries
-from interlace.model.attention import dense_mask, sdpa_segments
 from interlace.model.forward import PackedModel, RowScores, model_inputs
 from interlace.model.loading import load_model, load_processing
 from interlace.model.losses import supervised_loss
@@ -214,39 +212,7 @@ def test_swapping_an_image_moves_only_rows_that_show_it(tiny_dir: Path, rows: li
     assert not torch.equal(before[shows], after[shows])
 
 
-# --- attention ---
-
-
-@pytest.mark.parametrize(("heads", "groups", "size"), itertools.product((4,), (4, 2, 1), (8, 16)))
-@pytest.mark.parametrize(
-    "segments",
-    [
-        [Segment(0, 5), Segment(5, 10), Segment(10, 13), Segment(13, 18)],
-        [Segment(0, 6), Segment(6, 9, 0), Segment(9, 14, 0), Segment(14, 20), Segment(20, 22, 3)],
-        [Segment(0, 4), Segment(4, 7, 0), Segment(7, 9, 1), Segment(9, 10, 1)],
-    ],
-    ids=["roots", "trunks and leaves", "grandchildren"],
-)
-def test_segment_attention_equals_the_naive_dense_mask(segments: list[Segment], heads: int, groups: int, size: int) -> None:
-    torch.manual_seed(0)
-    length = segments[-1].end
-    q = torch.randn(1, heads, length, size, requires_grad=True)
-    k, v = (torch.randn(1, groups, length, size, requires_grad=True) for _ in range(2))
-    out, _ = sdpa_segments(torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=segments)
-    wide_k, wide_v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
-    weights = (q @ wide_k.transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, length), float("-inf")).softmax(-1)
-    naive = (weights @ wide_v).transpose(1, 2)
-    torch.testing.assert_close(out, naive, **TOLERANCE)
-    direction = torch.randn_like(naive)
-    found = torch.autograd.grad(out, (q, k, v), direction)
-    expected = torch.autograd.grad(naive, (q, k, v), direction)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_dense_mask_by_hand() -> None:
-    mask = dense_mask([Segment(0, 2), Segment(2, 3, 0), Segment(3, 5, 0), Segment(5, 6)], 6).int().tolist()
-    assert mask == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
+# --- trunks and leaves ---
 
 
 def test_a_trunk_with_two_leaves_equals_two_sequences(tiny_dir: Path, rows: list[Row]) -> None:
@@ -303,5 +269,5 @@ def test_fillers_of_the_plan_weigh_nothing(tiny_dir: Path, rows: list[Row]) -> N
 
 def test_packed_model_refuses_to_guess_masks(tiny_dir: Path) -> None:
     model: Any = PackedModel(load_model(str(tiny_dir), torch.float32))
-    assert model.config.text_config._attn_implementation == "interlace_segments"
+    assert model.config.text_config._attn_implementation == "interlace_sdpa"
     assert model.config.vision_config._attn_implementation == "sdpa"

@@ -149,7 +149,7 @@ def test_the_forecast_sees_the_shapes_that_are_trained(make_arguments: Make, tin
 
 
 def test_forty_questions_about_sixteen_frames_cost_a_seventh_of_the_tokens(make_arguments: Make, tiny_dir: Path, tmp_path: Path) -> None:
-    """Like ScanQA, at 8 rows per prefix: tokens of all planned batches as they are collated, each image token of the tiny model standing for its share of 729."""
+    """Like ScanQA, at 8 rows per prefix: tokens of all planned batches as they are collated, an image token of the tiny model standing for its share of 729."""
     frames, randomness = write_pictures(tmp_path, 48), random.Random(0)
     questions = [("".join(randomness.choices("abcdefgh", k=randomness.randint(4, 9))), "".join(randomness.choices("ij", k=3))) for _ in range(40)]
     written = [row(frames[16 * s : 16 * s + 16], "<image>" * 16 + f"{question}?", answer) for s in range(3) for question, answer in questions]

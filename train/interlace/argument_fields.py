@@ -61,7 +61,9 @@ class ModelFields:
     projector_learning_rate: float | None = key(None, "Learning rate of the projector; default: learning_rate.", minimum=0)
     vision_tower_learning_rate: float | None = key(None, "Learning rate of the vision tower; default: learning_rate.", minimum=0)
     vision_gradient_checkpointing: bool | None = key(None, "Recompute the vision tower's activations when it trains; default: as gradient_checkpointing.")
-    attention: Literal["auto", "sdpa"] = key("auto", "Attention backend of the packed forward pass.")
+    attention: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = key(
+        "auto", "Attention of the packed forward pass: per-segment SDPA on CPUs; on a GPU the first kernel that is there and gives the right result."
+    )
 
 
 @dataclass

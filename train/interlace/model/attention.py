@@ -1,20 +1,25 @@
 """Segment attention: a token attends to the earlier tokens of its own segment and to all tokens of its ancestors.
 
-One function per backend, all of the signature of transformers' attention interface; `segments` arrives as a keyword of the model's forward.
+One function per backend, all of the signature of transformers' attention interface; the `Forest` arrives as the keyword `segments` of the model's forward.
+`attention_kernels` holds those that need a GPU.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
 from interlace.data.batch import Segment
 
-NAME = "interlace_segments"
+AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
 
 def ancestors(segments: Sequence[Segment], number: int) -> list[int]:
@@ -36,15 +41,95 @@ def dense_mask(segments: Sequence[Segment], length: int) -> torch.Tensor:
     return mask
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Which queries see which keys, as kernels for sequences of unequal length want it.
+
+    queries, keys: positions in the batch, run after run; None for all of them in order. query_ends, key_ends: (runs + 1,) where each begins and the last one
+    ends, int32. longest_query, longest_key: tokens.
+    """
+
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+class Forest:
+    """The segments of one batch on a device, in the forms that backends want, each made once.
+
+    Args:
+        segments: cover the batch's T tokens without gaps.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device):
+        self.segments, self.device = tuple(segments), device
+
+    @cached_property
+    def has_parents(self) -> bool:
+        """Whether any segment sees more than itself."""
+        return any(segment.parent >= 0 for segment in self.segments)
+
+    @cached_property
+    def own(self) -> Runs:
+        """Every segment on itself, causal."""
+        ranges = [(segment.start, segment.end) for segment in self.segments]
+        return self._runs([[pair] for pair in ranges], [[pair] for pair in ranges], whole=True)
+
+    @cached_property
+    def above(self) -> Runs | None:
+        """Children on all of their ancestors' tokens, not causal; neighbours with the same parent are one run, so that its keys are there once."""
+        queries, keys = [], []
+        for parent, run in groupby(self.segments, key=lambda segment: segment.parent):
+            if parent >= 0:
+                queries.append([(segment.start, segment.end) for segment in run])
+                keys.append(self._path(parent))
+        return self._runs(queries, keys) if queries else None
+
+    @cached_property
+    def paths(self) -> Runs:
+        """Every segment on itself and its ancestors in one, causal with the last query on the last key."""
+        queries = [[(segment.start, segment.end)] for segment in self.segments]
+        return self._runs(queries, [self._path(number) for number in range(len(self.segments))])
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The rule as FlexAttention wants it."""
+        of = torch.repeat_interleave(torch.tensor([segment.end - segment.start for segment in self.segments])).to(self.device)
+        sees = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool)
+        for number in range(len(self.segments)):
+            sees[number, ancestors(self.segments, number)] = True
+        sees = sees.to(self.device)
+
+        def rule(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (query >= key) & sees[of[query], of[key]]
+
+        return create_block_mask(rule, None, None, len(of), len(of), device=str(self.device), _compile=self.device.type == "cuda")
+
+    def _path(self, number: int) -> list[tuple[int, int]]:
+        return [(self.segments[n].start, self.segments[n].end) for n in ancestors(self.segments, number)]
+
+    def _runs(self, queries: Sequence[Sequence[tuple[int, int]]], keys: Sequence[Sequence[tuple[int, int]]], whole: bool = False) -> Runs:
+        sizes = [[sum(end - start for start, end in run) for run in runs] for runs in (queries, keys)]
+        ends = [torch.tensor([0, *size], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device, non_blocking=True) for size in sizes]
+        places = [
+            None if whole else torch.cat([torch.arange(*pair) for run in runs for pair in run]).to(self.device, non_blocking=True) for runs in (queries, keys)
+        ]
+        return Runs(places[0], places[1], ends[0], ends[1], max(sizes[0]), max(sizes[1]))
+
+
 def sdpa_segments(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
+    segments: Forest,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: Sequence[Segment] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot product attention per segment; root segments of equal length go in one call. Runs on any device, needs no (T, T) mask.
@@ -52,31 +137,30 @@ def sdpa_segments(
     Args:
         query: (1, heads, T, head size); key, value: (1, key-value heads, T, head size).
         attention_mask: must be None; the segments say it all.
-        segments: the forest over the T tokens, which it covers without gaps.
 
     Returns:
         (1, T, heads, head size), and None for the attention weights.
     """
     assert attention_mask is None and query.shape[0] == 1
-    grouped = query.shape[1] != key.shape[1]
-    q, k, v = query[0], key[0], value[0]  # (heads, T, head size)
-    pieces: list[torch.Tensor | None] = [None] * len(segments)
+    forest, grouped = segments.segments, query.shape[1] != key.shape[1]
+    q, k, v = query[0], key[0], value[0]
+    pieces: list[torch.Tensor | None] = [None] * len(forest)
     roots: dict[int, list[int]] = defaultdict(list)
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(forest):
         if segment.parent < 0:
             roots[segment.end - segment.start].append(number)
     for length, numbers in roots.items():
         if len(numbers) == 1:
-            chosen = [x[None, :, segments[numbers[0]].start : segments[numbers[0]].end] for x in (q, k, v)]
+            chosen = [x[None, :, forest[numbers[0]].start : forest[numbers[0]].end] for x in (q, k, v)]
         else:
-            index = torch.cat([torch.arange(segments[n].start, segments[n].end, device=q.device) for n in numbers])
+            index = torch.cat([torch.arange(forest[n].start, forest[n].end, device=q.device) for n in numbers])
             chosen = [x.index_select(1, index).unflatten(1, (len(numbers), length)).transpose(0, 1) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(chosen[0], chosen[1], chosen[2], is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         for number, piece in zip(numbers, out, strict=True):
             pieces[number] = piece
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(forest):
         if segment.parent >= 0:
-            path = [slice(segments[n].start, segments[n].end) for n in ancestors(segments, number)]
+            path = [slice(forest[n].start, forest[n].end) for n in ancestors(forest, number)]
             keys, values = (torch.cat([x[:, place] for place in path], dim=1)[None] for x in (k, v))
             own = segment.end - segment.start
             mask = torch.ones(own, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - own)
@@ -86,4 +170,7 @@ def sdpa_segments(
     return output.transpose(0, 1)[None].contiguous(), None
 
 
-AttentionInterface.register(NAME, sdpa_segments)
+def register(name: str, function: AttentionFunction) -> str:
+    """Makes a backend known to transformers; the name to give to `set_attn_implementation`."""
+    AttentionInterface.register(f"interlace_{name}", function)
+    return f"interlace_{name}"

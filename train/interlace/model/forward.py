@@ -1,7 +1,6 @@
 """Packed batch -> log-probs of the supervised rows: vision once per distinct image, segment attention, `lm_head` on those rows only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,16 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.data.batch import PackedBatch, Segment
-from interlace.model import attention
+from interlace.model.attention import Forest
+from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """What the model says of the N supervised rows: `log_probs` (N,) of the targets, float32; `is_top1` (N,) whether the target was the best guess."""
-
-    log_probs: torch.Tensor
-    is_top1: torch.Tensor
+from interlace.model.head import RowHead, RowScores
 
 
 class FrozenTower:
@@ -62,11 +55,15 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
-        self.family = family_of(model.config)
-        model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+        self.family, self.head = family_of(model.config), RowHead()
+        self.use_attention("sdpa")
         # layers that FSDP takes as its units, of those that are still in here
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in model._no_split_modules or () if name in present]
+
+    def use_attention(self, backend: str) -> None:
+        """Chooses how the language model's segments attend; see `attention_kernels.choose`."""
+        self.model.set_attn_implementation({"text_config": install(backend), "vision_config": "sdpa"})
 
     @property
     def tower(self) -> nn.Module | None:
@@ -111,10 +108,10 @@ class PackedModel(nn.Module):
             filled = self._image_rows(image_features, image_index, len(image_positions), image_sizes, image_tokens)
             embeddings = embeddings.index_copy(1, image_positions, filled[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
-        hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=segments).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden[0, rows]).float()
-        log_probs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-        return RowScores(log_probs, logits.argmax(1) == targets)
+        forest = Forest(segments, embeddings.device)
+        hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest).last_hidden_state
+        scores: RowScores = self.head(hidden[0, rows], self.model.get_output_embeddings(), targets)
+        return scores
 
     def _image_rows(
         self, image_features: torch.Tensor, image_index: torch.Tensor, num_rows: int, image_sizes: Sequence[tuple[int, int]], image_tokens: Sequence[int]

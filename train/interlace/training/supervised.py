@@ -21,6 +21,7 @@ from interlace.data.places import MediaFolder
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
+from interlace.model.attention_kernels import choose
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import TunedModel, tune
@@ -247,7 +248,12 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
     wanted = None if arguments["lora_path"] else new_adapter(arguments)
     rounded = bool(args.deepspeed) and mixed  # by the engine, which keeps the float32 of its slice: whole models in float32 would not fit a host
-    return tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, None if rounded else torch.float32)
+    trained = None if rounded else torch.float32
+    tuned = tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, trained)
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads, text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tuned.packed.use_attention(choose(arguments["attention"], args.device, compute, *heads))
+    return tuned
 
 
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:

@@ -1,0 +1,115 @@
+"""Hidden states of the supervised rows -> log-probs of their targets, a tile of rows at a time: no (rows, vocabulary) tensor outlives its tile."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TILE_LOGITS = 1 << 28  # logits at a time: 1 GiB in float32, about 1,800 rows of Qwen's vocabulary
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What the model says of the N supervised rows: `log_probs` (N,) of the targets, float32; `is_top1` (N,) whether the target was the best guess."""
+
+    log_probs: torch.Tensor
+    is_top1: torch.Tensor
+
+
+class RowHead(nn.Module):
+    """Scores rows by an output layer that stays where it is in the model, tied or not.
+
+    A module of its own, so that engines that share weights out gather the layer's weight once for all tiles, however many they are on this rank.
+    """
+
+    def forward(self, hidden: torch.Tensor, layer: nn.Linear, targets: torch.Tensor) -> RowScores:
+        """Args:
+        hidden: (N, width).
+        layer: (vocabulary, width) weight, with or without a bias.
+        targets: (N,).
+        """
+        weight: torch.Tensor = layer.weight
+        bias: torch.Tensor | None = layer.bias
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        log_probs, is_top1 = TiledScores.apply(hidden.to(weight.dtype), weight, bias, targets, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return RowScores(log_probs, is_top1)
+
+
+class TiledScores(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias) at the targets.
+
+    With a frozen layer the gradient of each row is made along with its score, up to the factor that arrives later: no logits are kept and none computed twice.
+    With one that learns, the probabilities of a single tile are kept, those of several computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, is_training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, width), (vocabulary, width), (vocabulary,), (N,) -> log-probs (N,), is_top1 (N,)."""
+        rows_learn, weight_learns = is_training and ctx.needs_input_grad[0], is_training and any(ctx.needs_input_grad[1:3])
+        log_probs = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        directions, kept = torch.empty_like(hidden) if rows_learn and not weight_learns else None, []
+        tiles = _tiles(len(hidden), len(weight))
+        for tile in tiles:
+            logits = _logits(hidden[tile], weight, bias)
+            chosen, total = logits.gather(1, targets[tile, None])[:, 0], logits.logsumexp(1)
+            log_probs[tile], is_top1[tile] = chosen - total, logits.argmax(1) == targets[tile]
+            if directions is not None:
+                torch.mm(_slope(logits, total, targets[tile]).to(weight.dtype), weight, out=directions[tile])
+            elif weight_learns and len(tiles) == 1:
+                kept = [_slope(logits, total, targets[tile]).to(weight.dtype)]
+        ctx.mark_non_differentiable(is_top1)
+        ctx.save_for_backward(*([directions] if directions is not None else [hidden, weight, bias, targets, *kept]))
+        ctx.has_directions = directions is not None
+        return log_probs, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of hidden, weight and bias."""
+        if ctx.has_directions:
+            (directions,) = ctx.saved_tensors
+            return directions * gradient[:, None].to(directions.dtype), None, None, None, None
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        rows_learn, weight_learns, bias_learns = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if rows_learn else None
+        # summed over tiles in float32 at least
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if weight_learns else None
+        of_bias = torch.zeros_like(of_weight[:, 0]) if bias_learns and of_weight is not None else None
+        for tile in _tiles(len(hidden), len(weight)):
+            if kept:
+                slope = kept[0]
+            else:
+                logits = _logits(hidden[tile], weight, bias)
+                slope = _slope(logits, logits.logsumexp(1), targets[tile]).to(weight.dtype)
+            slope = slope * gradient[tile, None].to(slope.dtype)
+            if of_hidden is not None:
+                torch.mm(slope, weight, out=of_hidden[tile])
+            if of_weight is not None:
+                of_weight += slope.T @ hidden[tile]
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(weight.dtype), None, None
+
+
+def _tiles(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, TILE_LOGITS // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _slope(logits: torch.Tensor, total: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of each row's log-prob in its logits, in their place: one at the target, less the probabilities."""
+    slope = logits.sub_(total[:, None]).exp_().neg_()
+    return slope.scatter_add_(1, targets[:, None], torch.ones_like(targets[:, None], dtype=slope.dtype))
