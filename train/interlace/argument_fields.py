@@ -60,6 +60,10 @@ class ModelFields:
     freeze_exclude: str | list[str] = key([], "Globs on parameter names that `freeze_include` leaves alone.")
     projector_learning_rate: float | None = key(None, "Learning rate of the projector; default: learning_rate.", minimum=0)
     vision_tower_learning_rate: float | None = key(None, "Learning rate of the vision tower; default: learning_rate.", minimum=0)
+    feature_cache: Literal["off", "memory", "disk", "auto"] = key(
+        "off", "Keep what a frozen vision tower makes of each image, for later epochs: in memory, or below cache_dir for later runs too; `auto`: where it pays."
+    )
+    feature_cache_gib: float = key(32.0, "How much the feature cache may hold: on each host in memory, or in all on disk.", exclusiveMinimum=0)
     vision_gradient_checkpointing: bool | None = key(None, "Recompute the vision tower's activations when it trains; default: as gradient_checkpointing.")
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = key(
         "auto", "Attention of the packed forward pass: per-segment SDPA on CPUs; on a GPU the first kernel that is there and gives the right result."

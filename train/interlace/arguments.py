@@ -225,6 +225,10 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         (bool(a["resume_from_checkpoint"]) and a["overwrite_output_dir"], "resume_from_checkpoint and overwrite_output_dir: choose one"),
         (a["max_tokens_per_batch"] is not None and not a["packing"], "max_tokens_per_batch needs packing"),
         (a["allowed_url_hosts"] and not a["allow_urls"], "allowed_url_hosts needs allow_urls: true"),
+        (
+            a["feature_cache"] in ("memory", "disk") and "vision_tower" in list_value(a["tunable_parts"]),
+            "feature_cache: features change with every step while the vision tower learns; take vision_tower out of tunable_parts, or leave the cache off",
+        ),
         (a["dataloader_num_workers"] == 0 and a["dataloader_prefetch_factor"] is not None, "dataloader_prefetch_factor needs dataloader_num_workers"),
     ]
     problems = [message for holds, message in pairs if holds]

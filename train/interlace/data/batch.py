@@ -19,6 +19,16 @@ from interlace.errors import InputError
 Expanded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, weights of a row, each image as its run of tokens
 
 
+class FindFeatures(Protocol):
+    """Features that a frozen vision tower made of an image earlier."""
+
+    def key(self, place: Place, image_tokens: int) -> str:
+        """Names the features of an image."""
+
+    def find(self, key: str) -> tuple[torch.Tensor, tuple[int, int]] | None:
+        """(tiles, tokens, vision width) and (height, width) of the image, or None."""
+
+
 class ProcessImages(Protocol):
     """RGB images and the number of tokens of each -> (tiles, channels, height, width), the tiles of each image one behind the other."""
 
@@ -45,6 +55,7 @@ class PackedBatch:
     image_index: (M,) which of the K distinct images stands at each image place, in order of the places; image_positions: (total image tokens,)
     positions in `input_ids` that image features fill.
     pixel_values: (tiles, channels, height, width), the tiles of each of the K images one behind the other, or None; where a model cuts no tiles, K tiles.
+    cached_features: (tiles, tokens, vision width) of the images that `is_cached` names, whose pixels are left out then; feature_keys: of all K images.
     image_sizes: (height, width) of each of the K images before processing; image_tokens: number of tokens of each. A model that cuts images
     puts their tiles together by both; where there are none, every tile is an image.
     """
@@ -62,6 +73,9 @@ class PackedBatch:
     image_positions: torch.Tensor
     image_sizes: tuple[tuple[int, int], ...] = ()
     image_tokens: tuple[int, ...] = ()
+    cached_features: torch.Tensor | None = None
+    is_cached: tuple[bool, ...] = ()
+    feature_keys: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -102,11 +116,13 @@ class Collator:
         process_images: makes pixel values of images; see `ProcessImages`.
         image_token_id: the id that image features replace.
         share_prefix: rows that begin with the same images and text become one trunk with a leaf for each; else each row is one segment.
+        features: where features may be found; images that have some are not opened.
     """
 
     process_images: ProcessImages
     image_token_id: int
     share_prefix: bool = False
+    features: FindFeatures | None = None
 
     def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch | InputError:
         """The batch, or what is wrong with an image: an error raised in a worker process would reach the user with two tracebacks."""
@@ -130,7 +146,11 @@ class Collator:
         places, targets, weights, sequence = self._supervised(pieces, segments, expanded)
         images = distinct_images(rows)
         number = {image: i for i, image in enumerate(images)}
-        pixel_values, image_sizes = self._pixels(images, rows) if images else (None, ())
+        keys, found = self._found(images)
+        missing = [image for image, known in zip(images, found, strict=True) if known is None]
+        pixel_values, missing_sizes = self._pixels(missing, rows) if missing else (None, ())
+        sizes = iter(missing_sizes)
+        cached = [known[0] for known in found if known is not None]
         order = list(dict.fromkeys(piece.row for piece in pieces))
         return PackedBatch(
             input_ids=input_ids.long()[None],
@@ -144,9 +164,22 @@ class Collator:
             pixel_values=pixel_values,
             image_index=torch.tensor([number[image] for piece in pieces for image in self._images_of(piece, rows, expanded)], dtype=torch.long),
             image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
-            image_sizes=image_sizes,
+            image_sizes=tuple(next(sizes) if known is None else known[1] for known in found),
             image_tokens=tuple(tokens for _, tokens in images),
+            cached_features=torch.cat(cached) if cached else None,
+            is_cached=tuple(known is not None for known in found),
+            feature_keys=keys,
         )
+
+    def _found(self, images: Sequence[tuple[Place, int]]) -> tuple[tuple[str, ...], list[tuple[torch.Tensor, tuple[int, int]] | None]]:
+        """The keys of all images, and what is known of each."""
+        if self.features is None:
+            return (), [None] * len(images)
+        try:
+            keys = tuple(self.features.key(*image) for image in images)
+        except OSError:  # an image that has gone: opening it will tell
+            return (), [None] * len(images)
+        return keys, [self.features.find(key) for key in keys]
 
     def _pieces(self, rows: Sequence[Row], expanded: Sequence[Expanded]) -> list[_Piece]:
         """Each row as one piece, or a trunk and a leaf for each of the rows that share it."""

@@ -65,6 +65,11 @@ class Rows(Sequence[Row]):
         """The same for the same rows in the same order, on whichever machine and in whichever folder they lie."""
         return hashlib.sha256(" ".join(store.content for store in self.stores).encode()).hexdigest()
 
+    def num_distinct_images(self) -> int:
+        """Images and frames, each counted once however many rows show it."""
+        tables = [pa.table({name: media.field(name) for name in ("path", "offset", "pts")}) for store in self.stores for media in store.media()]
+        return len(pa.concat_tables(tables).group_by(["path", "offset", "pts"]).aggregate([])) if tables else 0
+
     def __len__(self) -> int:
         return len(self._positions)
 

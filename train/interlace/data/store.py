@@ -170,6 +170,10 @@ class Store:
         """A column of numbers, (rows,)."""
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches]) if self._batches else np.zeros(0, np.int64)
 
+    def media(self) -> Iterator[pa.StructArray]:
+        """The images and frames of all rows, some at a time: structs of `path`, `offset`, `size`, `pts` and `tokens`."""
+        return (batch.column("media").flatten() for batch in self._batches)
+
     def counts(self, name: str) -> dict[str, int]:
         """How often each value of a text column comes."""
         values: dict[str, int] = {}

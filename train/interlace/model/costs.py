@@ -38,7 +38,7 @@ class BatchShape:
 
 def shape_of(batch: PackedBatch) -> BatchShape:
     """The shape of a batch."""
-    images = 0 if batch.pixel_values is None else len(batch.pixel_values)
+    images = sum(0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
     return BatchShape(batch.num_tokens, attended_pairs(batch.segments), images, len(batch.rows))
 
 

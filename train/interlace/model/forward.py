@@ -1,6 +1,7 @@
 """Packed batch -> log-probs of the supervised rows: vision once per distinct image, segment attention, `lm_head` on those rows only."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from interlace.data.batch import PackedBatch, Segment
 from interlace.model.attention import Forest
 from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
+from interlace.model.features import FeatureCache
 from interlace.model.head import RowHead, RowScores
 
 
@@ -25,6 +27,7 @@ class FrozenTower:
         self.family, self.config = family_of(model.config), model.config
         self.module: nn.Module = getattr(model.model, self.family.vision_tower)
         self.module.requires_grad_(False).eval()
+        self.cache: FeatureCache | None = None
         self.detach_from(model)
 
     def detach_from(self, model: PreTrainedModel) -> None:
@@ -34,6 +37,35 @@ class FrozenTower:
     def attach_to(self, model: PreTrainedModel) -> None:
         """Puts the tower back, for saving a complete model."""
         setattr(model.model, self.family.vision_tower, self.module)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features of an image, or of a tile."""
+        layers, parameter = self.config.vision_feature_layer, next(self.module.parameters())
+        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        return int(self.family.tokens_per_image(self.config) * width * parameter.element_size())
+
+    def features_of(self, batch: PackedBatch) -> torch.Tensor | None:
+        """(tiles, tokens, width) of a batch's distinct images, those that are cached as they are; None without images."""
+        made = None if batch.pixel_values is None else self.features(batch.pixel_values)
+        if not batch.feature_keys:
+            return made
+        counts, is_new = self._num_tiles(batch), [not cached for cached in batch.is_cached]
+        parts: list[Sequence[torch.Tensor]] = []  # the new ones, the cached ones
+        for tensor, wanted in ((made, is_new), (batch.cached_features, batch.is_cached)):
+            parts.append([] if tensor is None else tensor.split([count for count, is_wanted in zip(counts, wanted, strict=True) if is_wanted]))
+        if self.cache is not None:
+            self.cache.keep(list(compress(batch.feature_keys, is_new)), parts[0], list(compress(batch.image_sizes, is_new)))
+        if batch.cached_features is None:
+            return made
+        new, cached = map(iter, parts)
+        return torch.cat([next(new) if fresh else next(cached) for fresh in is_new])
+
+    def _num_tiles(self, batch: PackedBatch) -> list[int]:
+        if self.family.tiling is None:
+            return [1] * len(batch.image_sizes)
+        tiles = self.family.tiling.tiles(self.config)
+        return [tiles.count(size, tokens) for size, tokens in zip(batch.image_sizes, batch.image_tokens, strict=True)]
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -163,8 +195,6 @@ class PackedModel(nn.Module):
 
 def model_inputs(batch: PackedBatch, tower: FrozenTower | None) -> dict[str, Any]:
     """The keyword arguments of `PackedModel.forward` for a batch; a frozen tower runs here."""
-    images: dict[str, Any] = {"pixel_values": batch.pixel_values}
-    if tower is not None and batch.pixel_values is not None:
-        images = {"image_features": tower.features(batch.pixel_values)}
+    images: dict[str, Any] = {"pixel_values": batch.pixel_values} if tower is None else {"image_features": tower.features_of(batch)}
     names = ("input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions", "image_sizes", "image_tokens")
     return {**{name: getattr(batch, name) for name in names}, **images}

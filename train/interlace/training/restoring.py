@@ -55,7 +55,7 @@ class RestoredTrainer(Trainer):
         self.tuned, self.survival = tuned, survival
         super().__init__(model=tuned.packed, **others)
         self.skipped_steps = 0
-        self._counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
+        self._counts = torch.zeros(5, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
         self._losses = LossRecord(survival.ranks.rank)
         self._best: tuple[Any, ...] = (None, None, None)  # metric, step and folder at the last save
         self._progress: dict[str, Any] | None = None

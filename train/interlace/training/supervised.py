@@ -26,6 +26,7 @@ from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import TunedModel, tune
 from interlace.redaction import without_secrets
+from interlace.training.caching import attach_feature_cache, memory_given_back
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.lock import FolderLock
 from interlace.training.nodes import check_nodes, meet
@@ -52,7 +53,7 @@ def finetune(arguments: Arguments) -> None:
     """
     ranks = meet(arguments)
     watch = Watch(ranks, arguments["ddp_timeout"] / 2)
-    with StopSignals() as signals, FolderLock() as lock, watch.running():
+    with StopSignals() as signals, FolderLock() as lock, memory_given_back(), watch.running():
         _finetune(arguments, ranks, watch, signals, lock)
 
 
@@ -90,6 +91,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     describe(tuned, train, ledger, args)
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation, "steps_per_epoch": train.plan.steps_per_epoch}
+    attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))

@@ -81,7 +81,7 @@ class PackedTrainer(DurableTrainer):
         return PlanLoader(
             NumberedRows(planned.rows),  # type: ignore[arg-type]
             batch_sampler=PlanSampler(planned.plan, self.args.process_index),
-            collate_fn=Collator(self.processing.process_images, self.processing.config.image_token_id, planned.plan.prefixes is not None),
+            collate_fn=self._collator(planned),
             num_workers=workers,
             pin_memory=pin and self.args.device.type == "cuda",
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
@@ -89,6 +89,11 @@ class PackedTrainer(DurableTrainer):
             worker_init_fn=leave_signals_to_parent,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
         )
+
+    def _collator(self, planned: PlannedRows) -> Collator:
+        cache = None if self.tuned.tower is None else self.tuned.tower.cache
+        shares = planned.plan.prefixes is not None
+        return Collator(self.processing.process_images, self.processing.config.image_token_id, shares, None if cache is None else cache.store)
 
     def get_train_dataloader(self) -> PlanLoader:  # type: ignore[override]
         """This rank's micro-batches; the plan has already shared them, so accelerate must not."""
@@ -113,6 +118,9 @@ class PackedTrainer(DurableTrainer):
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:  # type: ignore[override]
         self._epoch = epoch
+        if self.tuned.tower is not None and self.tuned.tower.cache is not None:
+            self.tuned.tower.cache.flush()
+            self.survival.ranks.sum([0])  # what any rank has made is there for all
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(  # type: ignore[override]
@@ -138,6 +146,7 @@ class PackedTrainer(DurableTrainer):
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
         self._counts[2] += inputs.num_tokens
         self._counts[3] += inputs.num_images
+        self._counts[4] += 0 if inputs.pixel_values is None else len(inputs.pixel_values)
         self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights, inputs.sequence_index, inputs.row_numbers)
         loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
         self._in_step.append((loss.detach(), inputs.row_numbers))
@@ -161,7 +170,7 @@ class PackedTrainer(DurableTrainer):
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
             spikes, ranks = self._losses.look(self.train_rows.rows), self.survival.ranks
-            supervised, right, tokens, images, waited, num_spikes = ranks.sum([*self._counts.tolist(), self._waited_seconds, len(spikes)])
+            supervised, right, tokens, images, encoded, waited, num_spikes = ranks.sum([*self._counts.tolist(), self._waited_seconds, len(spikes)])
             if num_spikes:
                 found = [spike for of_rank in ranks.gather(spikes) for spike in of_rank]
                 if ranks.is_main:
@@ -174,6 +183,7 @@ class PackedTrainer(DurableTrainer):
             logs["supervised_tokens"] = supervised
             logs["tokens_per_second"] = tokens / seconds
             logs["images_per_second"] = images / seconds
+            logs["images_encoded"] = encoded
             logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
             logs["data_wait_share"] = waited / seconds / self.accelerator.num_processes
             self._counts.zero_()

@@ -1,0 +1,110 @@
+"""Whether and where a run keeps the features of its images."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from interlace.arguments import Arguments
+from interlace.data.dataset import Rows, default_cache_dir
+from interlace.errors import InputError
+from interlace.model.features import FeatureCache, FeatureStore, make_room, tower_hash
+from interlace.model.loading import Processing
+from interlace.model.tuning import TunedModel
+from interlace.training.ranks import Ranks
+
+_PREFIX = "interlace-features-"  # then the number of the process that made the folder
+
+
+def attach_feature_cache(
+    tuned: TunedModel, rows: Rows, epochs: float, processing: Processing, arguments: Arguments, ranks: Ranks, say: Callable[[str], None]
+) -> None:
+    """Gives the frozen tower a cache, as `feature_cache` wants it; all ranks of a host share it.
+
+    Raises:
+        InputError: the tower learns, or the folder cannot be made.
+    """
+    kind, tower, most_bytes = arguments["feature_cache"], tuned.tower, int(arguments["feature_cache_gib"] * 2**30)
+    if kind == "auto":
+        reason = why_not(tuned, rows, epochs, most_bytes)
+        say("feature cache: on, in memory" if reason is None else f"feature cache: off: {reason}")
+        kind = "off" if reason else "memory"
+    if kind == "off":
+        return
+    if tower is None:
+        raise InputError(f"feature_cache: {kind}: the vision tower learns, so that its features change with every step; take it out of tunable_parts")
+    settings = f"{processing.image_processor.to_json_string()} {processing.image_settings} {tuned.base.config.vision_feature_layer}"
+    settings += f" {tuned.base.config.vision_feature_select_strategy} {processing.config.model_type}"
+    name = tower_hash(tower.module, settings)
+    try:
+        folder = _in_memory(ranks, name) if kind == "memory" else _on_disk(arguments, name)
+        ranks.on_main(lambda: None)  # all folders are there
+        share = ranks.gather(platform.node()).count(platform.node()) if kind == "memory" else ranks.world_size
+        room = make_room(folder, most_bytes) if kind == "disk" and ranks.is_main else most_bytes
+    except OSError as error:
+        raise InputError(f"feature_cache: {kind}: {error.filename}: {error.strerror}; choose another cache_dir, or feature_cache: off") from error
+    room = int(ranks.gather(room)[0])
+    tower.cache = FeatureCache(FeatureStore(folder), room // share, say)
+
+
+def why_not(tuned: TunedModel, rows: Rows, epochs: float, most_bytes: int) -> str | None:
+    """Why a cache in memory would not pay, for `auto`; None if it would: it saves the tower's forward pass, and decoding, from the second epoch on."""
+    if tuned.tower is None:
+        return "the vision tower learns"
+    if epochs <= 1:
+        return "every row is seen once"
+    images = rows.num_distinct_images()
+    if not images:
+        return "no row has an image"
+    needed = images * tuned.tower.feature_bytes
+    room = min(most_bytes, psutil.virtual_memory().available // 2, shutil.disk_usage(_memory_folder()).free)
+    if needed > room:
+        gib = 2**30
+        return f"{images:,} images would need {needed / gib:,.1f} GiB, and {room / gib:,.1f} GiB may be used; feature_cache: disk may still pay"
+    return None
+
+
+def _on_disk(arguments: Arguments, name: str) -> Path:
+    folder = (Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()) / "features" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()  # used now: `make_room` begins with those that have not been for longest
+    return folder
+
+
+def _memory_folder() -> Path:
+    """Where files live in memory; on systems that have no such place, where temporary files go."""
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _in_memory(ranks: Ranks, name: str) -> Path:
+    """This host's folder, made by the first of its ranks and removed at its end; what killed runs have left is removed now."""
+    _clear_abandoned()
+    hosts = ranks.gather(platform.node())
+    first = hosts.index(platform.node()) == ranks.rank
+    mine = _memory_folder() / f"{_PREFIX}{os.getpid()}" / name
+    if first:
+        mine.mkdir(parents=True, mode=0o700)
+    folders = ranks.gather(str(mine))
+    return Path(folders[hosts.index(platform.node())])
+
+
+def _clear_abandoned() -> None:
+    for path in _memory_folder().glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Removes at the end what this process has kept in memory."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(_memory_folder() / f"{_PREFIX}{os.getpid()}", ignore_errors=True)
