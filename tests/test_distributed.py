@@ -301,7 +301,7 @@ def test_offloaded_state_goes_on_exactly(make_case: MakeCase, folder: Path, wher
     for engine, changes in engines.items():
         wholes.append(make_case(f"{engine} whole", engine, LONG, ADAMW | changes, store=str(folder / engine), store_at=STORED))
         same.append(make_case(f"{engine} same", engine, LONG[STORED:], ADAMW | changes, restore=str(folder / engine)))
-    results = launch([*wholes, *same], folder)
+    results = launch([*wholes, *same], folder, timeout_seconds=1500)  # the first start compiles for minutes
     for case, whole in zip(same, wholes, strict=True):
         assert_goes_on(case, results, whole, results, 0.0)
     assert where == "memory" or [path for path in (folder / "nvme").rglob("*") if path.is_file()], "nothing was on the disk"

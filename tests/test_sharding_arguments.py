@@ -68,6 +68,21 @@ def test_what_deepspeed_compiles_and_lacks_is_told(tmp_path: Path, monkeypatch: 
             check_compilable(settings, on_cpu)
 
 
+def test_the_lock_of_a_compilation_that_was_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for it for ever. One that is being worked under is left alone."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder, settings = tmp_path / "deepspeed_shm_comm", {"zero_optimization": {"stage": 2}}
+    folder.mkdir()
+    for name in ("lock", "shm.o"):
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    with pytest.raises(InputError, match=rf"{folder / 'lock'} was left by a compilation that has ended, .*: rm {folder / 'lock'}"):
+        check_compilable(settings, on_cpu=True)
+    check_compilable(settings, on_cpu=False)
+    (folder / "shm.o").touch()
+    check_compilable(settings, on_cpu=True)
+
+
 def test_stages_in_the_words_of_paddlemix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for word, name in STAGES.items():
         arguments = read(tmp_path, monkeypatch, {**GOOD, "sharding": word})

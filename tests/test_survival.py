@@ -538,7 +538,8 @@ def test_ten_signals_at_random_moments_leave_one_consistent_checkpoint_each(argu
         time.sleep(randomness.uniform(0, 0.3))
         asked = randomness.choice([(0,), (1,), (0, 1)])
         for rank in asked:
-            os.kill(ranks[rank].pid or 0, randomness.choice([signal.SIGTERM, signal.SIGUSR1]))
+            if ranks[rank].is_alive():  # a machine that was busy with something else may find the run at its end
+                os.kill(ranks[rank].pid or 0, randomness.choice([signal.SIGTERM, signal.SIGUSR1]))
             time.sleep(randomness.uniform(0, 0.5) if len(asked) > 1 else 0)
         codes = [finish(rank) for rank in ranks]
         assert codes in ([143, 143], [0, 0]), log.read_text()[-3000:]

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -24,6 +26,7 @@ from interlace.sharding_arguments import deepspeed_path
 # Always taken from the arguments: DeepSpeed's own defaults are other ones (no clipping), and what a configuration says has been compared with the arguments.
 # A run resumed with another number of processes shares the same step among them, so its accumulation is another one.
 FROM_ARGUMENTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_LONGEST_COMPILATION = 900  # seconds without a new file in its folder
 
 
 def num_processes() -> int:
@@ -94,7 +97,7 @@ def check_compilable(config: Mapping[str, Any], on_cpu: bool) -> None:
     """DeepSpeed compiles its code for the host at the first start: what exchanges between processes on CPUs, and what steps offloaded state.
 
     Raises:
-        InputError: the compiler is missing, or the library for asynchronous files.
+        InputError: the compiler is missing, or the library for asynchronous files; or a compilation that was ended has left its lock.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -104,6 +107,8 @@ def check_compilable(config: Mapping[str, Any], on_cpu: bool) -> None:
     if "nvme" in devices and not AsyncIOBuilder().is_compatible(verbose=False):
         raise InputError("deepspeed: offloading to nvme needs libaio with its headers: apt-get install libaio-dev")
     parts = [ShareMemCommBuilder] * on_cpu + [CPUAdamBuilder] * bool(devices & {"cpu", "nvme"}) + [AsyncIOBuilder] * ("nvme" in devices)
+    for lock in (lock for part in parts for lock in _abandoned_locks(part().name)):
+        raise InputError(f"deepspeed: {lock} was left by a compilation that has ended, and every start would wait for it; remove it: rm {lock}")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(compiler)[0]) is None:
         for part in parts:
@@ -112,6 +117,13 @@ def check_compilable(config: Mapping[str, Any], on_cpu: bool) -> None:
             except RuntimeError as error:
                 told = f"deepspeed compiles its code for the host at the first start, and finds no C++ compiler {compiler}: apt-get install g++, or set CXX"
                 raise InputError(told) from error
+
+
+def _abandoned_locks(name: str) -> list[Path]:
+    """The locks on a compiled part in whose folder nothing has happened for long."""
+    root, now = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()), time.time()
+    locks = [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]
+    return [lock for lock in locks if all(now - path.stat().st_mtime > _LONGEST_COMPILATION for path in lock.parent.iterdir())]
 
 
 def settle(args: TrainingArguments) -> None:
