@@ -216,6 +216,7 @@ class Plan:
         """The epoch's optimizer steps; every row drawn for the epoch stands in it as often as it was drawn. `~row` is a filler: that row at zero weight.
 
         Micro-batches are shuffled, and sorted by cost within windows of some steps, so that those of one step cost nearly the same; then steps are shuffled.
+        The very first step is the one with the costliest micro-batch: what does not fit into memory ends a run at once, not after a day.
         """
         shortest = min(range(len(self.lengths)), key=self.lengths.__getitem__)
         batches, size = split_to(self._packed(epoch), self.batches_per_epoch, shortest), self.world_size * self.accumulation
@@ -227,6 +228,8 @@ class Plan:
         steps = [batches[start : start + size] for start in range(0, len(batches), size)]
         if self.shuffle:
             random.Random(f"{self.seed} steps {epoch}").shuffle(steps)
+        if self.shuffle and epoch == 0:
+            steps.insert(0, steps.pop(max(range(len(steps)), key=lambda number: max(map(self.cost, steps[number])))))
         return steps
 
     def share(self, epoch: int, rank: int) -> list[MicroBatch]:

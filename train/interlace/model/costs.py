@@ -28,18 +28,20 @@ class BatchShape:
     """What the cost of a micro-batch depends on; linear in all four, so shapes of batches may be summed or averaged.
 
     num_tokens: T. num_pairs: pairs of a query and a key that it attends to. num_images: distinct images. num_rows: N, the rows that `lm_head` sees.
+    num_cached: of the images, those whose features are there already.
     """
 
     num_tokens: float
     num_pairs: float
     num_images: float
     num_rows: float
+    num_cached: float = 0.0
 
 
 def shape_of(batch: PackedBatch) -> BatchShape:
     """The shape of a batch."""
-    images = sum(0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
-    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), images, len(batch.rows))
+    new, cached = (0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
+    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.rows), cached)
 
 
 def attended_pairs(segments: Sequence[Segment]) -> int:
@@ -87,7 +89,7 @@ class StepCosts:
     def parts(self, shape: BatchShape) -> dict[str, Cost]:
         """part -> its cost in a micro-batch, forward and backward."""
         return {
-            "vision_tower": self.vision_tower.times(shape.num_images),
+            "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached),
             "projector": self.projector.times(shape.num_images),
             "language_model": self.language_model.times(shape.num_tokens),
             "attention": self.attention.times(shape.num_pairs),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -50,13 +51,40 @@ class Family:
 
 
 def llava_features(config: PretrainedConfig, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The hidden state(s) that `vision_feature_layer` names, without the class token under strategy "default"."""
-    hidden = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    layers = config.vision_feature_layer
-    chosen = [hidden[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    """The hidden state(s) that `vision_feature_layer` names, without the class token under strategy "default".
+
+    Number n is the output of block n, 0 the first one's input. Only these are kept, and blocks behind them are not run: nothing uses what they would give.
+    """
+    layers, owner = config.vision_feature_layer, _owner_of_blocks(tower)
+    blocks = owner.layers
+    numbers = [layer if layer >= 0 else len(blocks) + 1 + layer for layer in ([layers] if isinstance(layers, int) else layers)]
+    found: dict[int, torch.Tensor] = {}
+    hooks = [blocks[number - 1].register_forward_hook(lambda _, __, output, n=number: found.update({n: _tensor(output)})) for number in set(numbers) - {0}]
+    if 0 in numbers:
+        hooks.append(blocks[0].register_forward_pre_hook(lambda _, inputs: found.update({0: inputs[0]})))
+    try:
+        owner.layers = blocks[: max(1, *numbers)]
+        tower(pixel_values, return_dict=True)
+    finally:
+        owner.layers = blocks
+        for hook in hooks:
+            hook.remove()
+    chosen = [found[number] for number in numbers]
     if config.vision_feature_select_strategy == "default":
         chosen = [state[:, 1:] for state in chosen]
     return torch.cat(chosen, dim=-1)
+
+
+def _owner_of_blocks(tower: nn.Module) -> Any:
+    """The module inside a tower that holds its blocks as `layers`; of a tower that learns beside an adapter, inside the copy that learns."""
+    if isinstance(tower, ModulesToSaveWrapper):
+        tower = tower.modules_to_save["default"]
+    return next(module for module in tower.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def llava_tokens(config: PretrainedConfig) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
 from interlace.training.checkpoint import STATE_FILE, Write, damage, sync_file
+from interlace.training.clock import StepClock
 from interlace.training.fragments import WEIGHT, full_parameters, local_fragments
 from interlace.training.restoring import RestoredTrainer, Survival
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, optimizer_file, plain, write_fragments
@@ -38,7 +38,7 @@ class DurableTrainer(RestoredTrainer):
         self.processing = processing
         self.args.save_total_limit = None  # the saver's: at the end Hugging Face would remove the newest checkpoint, too, where another one is the best
         self.stop_code: int | None = None  # the exit code that all ranks have agreed to stop with
-        self._paused_seconds = 0.0  # spent on other things than training since the last log
+        self.clock = StepClock(self.args.device)
         self._saved_step = -1
         self._owes_evaluation = False  # a stop has left it out
         self._best_before = self._best  # metric, step and folder at the save before the last
@@ -116,9 +116,10 @@ class DurableTrainer(RestoredTrainer):
     # --- saving ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        start, step = time.perf_counter(), self.state.global_step
+        step = self.state.global_step
         if step == self._saved_step:
             return
+        self.clock.mark("other")
         self.survival.watch.at(step, "saving a checkpoint")
         self.finish_saving()
         saver = self.survival.saver
@@ -128,7 +129,7 @@ class DurableTrainer(RestoredTrainer):
         saver.begin(step, write, int(self.survival.ranks.sum([num_bytes])[0]))
         self._saved_step = step
         self._best_before, self._best = self._best, (self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint)
-        self._paused_seconds += time.perf_counter() - start
+        self.clock.mark("")
 
     def _contents(self) -> tuple[Write, int]:
         """What writes this rank's files, out of copies that training no longer touches, and their bytes."""
@@ -237,6 +238,7 @@ class DurableTrainer(RestoredTrainer):
         return self.is_deepspeed_enabled and bool(engine.optimizer.overflow)
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        self.clock.mark("optimizer")
         if self.stop_code is not None:
             self._owes_evaluation = self._owes_evaluation or self.control.should_evaluate
             self.control.should_evaluate, self.control.should_save, self.control.should_training_stop = False, True, True

@@ -37,7 +37,7 @@ from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.sharding import deepspeed_settings, settle
 from interlace.training.stopping import StopSignals
-from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, write_json
+from interlace.training.tracking import draw_curves, environment, guarded_trackers, print_table, time_budget, write_json
 from interlace.training.trainer import PackedTrainer, PlannedRows
 from interlace.training.watch import Watch
 from interlace.training.weights import load_weights
@@ -94,7 +94,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
-    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps))
+    trainer = build_trainer(tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps), costs)
     saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint, lock))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
@@ -149,6 +149,7 @@ def build_trainer(
     record: Arguments,
     survival: Survival,
     total_steps: int,
+    costs: StepCosts,
 ) -> PackedTrainer:
     """The trainer with its optimizer; the schedule is tried out, so that all that can be wrong with the arguments is wrong before the first write.
 
@@ -156,7 +157,7 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, guarded_trackers(args, record), survival)
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, guarded_trackers(args, record), survival, costs)
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}
@@ -301,6 +302,7 @@ def report(trainer: PackedTrainer, output_dir: Path, metrics: dict[str, float]) 
     figures += [("mean training loss", f"{sum(loss for _, loss in sums) / sum(steps for steps, _ in sums):.4f}")] if sums else []
     labels = {"loss": "last loss", "token_accuracy": "last token accuracy", "eval_loss": "evaluation loss", "eval_token_accuracy": "evaluation token accuracy"}
     figures += [(label, f"{last[name]:.4f}") for name, label in labels.items() if name in last]
+    figures += time_budget(history)
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     figures += [("tokens/s (median)", f"{sorted(speeds)[len(speeds) // 2]:,.0f}")] if speeds else []
     print_table("result", figures)

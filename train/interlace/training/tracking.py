@@ -19,6 +19,7 @@ from transformers.integrations import WandbCallback, get_reporting_integration_c
 
 from interlace.errors import InputError
 from interlace.redaction import SECRET_NAME, readable, without_secrets
+from interlace.training.clock import PHASES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -54,6 +55,7 @@ SHOWN = (
     "tokens_per_second",
     "images_per_second",
     "data_wait_share",
+    "mfu",
     "eval_loss",
     "eval_token_accuracy",
 )
@@ -94,6 +96,19 @@ class GuardedTracker(TrainerCallback):
     on_save = partialmethod(_pass_on, "on_save")
     on_push_begin = partialmethod(_pass_on, "on_push_begin")
     on_train_end = partialmethod(_pass_on, "on_train_end")
+
+
+def time_budget(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Lines of the final table: how long a step took in the mean, where its time went, and the MFU, from the Trainer's log."""
+    logged = [entry for entry in history if "data_seconds" in entry]
+    if not logged:
+        return []
+    seconds = {phase: sum(entry[f"{phase}_seconds"] for entry in logged) / len(logged) for phase in PHASES}
+    whole = sum(seconds.values())
+    shares = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in seconds.items() if round(value / whole, 2))
+    lines = [("seconds per step", f"{whole:.3g}"), ("of these", shares)]
+    utilisation = [entry["mfu"] for entry in logged if "mfu" in entry]
+    return lines + ([("MFU", f"{sum(utilisation) / len(utilisation):.1%}")] if utilisation else [])
 
 
 def guarded_trackers(args: TrainingArguments, record: Mapping[str, Any]) -> list[TrainerCallback]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments
@@ -18,11 +20,14 @@ from transformers.trainer_utils import speed_metrics
 from interlace.data.batch import Collator, NumberedRows, PackedBatch
 from interlace.data.packing import Plan, PlanLoader, PlanSampler
 from interlace.data.reading import Row
-from interlace.errors import InputError
+from interlace.data.splitting import split
+from interlace.errors import InputError, RunError
+from interlace.model.costs import StepCosts, shape_of
 from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
+from interlace.training.clock import peak_flops
 from interlace.training.durable import DurableTrainer
 from interlace.training.restoring import Survival
 from interlace.training.spikes import report_spikes
@@ -48,6 +53,7 @@ class PackedTrainer(DurableTrainer):
         train, evaluation: rows with their plans.
         rates: learning rates of parts that have their own.
         survival: what the run needs to outlive its accidents.
+        costs: of the model, to log FLOP/s and MFU.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class PackedTrainer(DurableTrainer):
         rates: Mapping[str, float | None],
         callbacks: list[Any],
         survival: Survival,
+        costs: StepCosts | None = None,
     ):
         self.train_rows, self.eval_rows, self.rates = train, evaluation, dict(rates)
         placeholder = NumberedRows(train.rows)
@@ -71,8 +78,12 @@ class PackedTrainer(DurableTrainer):
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
         self._epoch = 0
-        self._last_log = time.perf_counter()
-        self._waited_seconds = 0.0  # for data
+        self._latest: tuple[PackedBatch, RowScores, torch.Tensor] | None = None
+        self._done: list[PackedBatch] = []  # the step's micro-batches whose gradients are there
+        self._too_many_tokens = math.inf  # for a micro-batch, as far as is known
+        self.costs, self._flops, self._logged_step = costs, 0.0, -1  # FLOPs required since that step
+        device_name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
+        self._peak_flops = peak_flops(device_name) if args.bf16 or args.fp16 else None
 
     # --- data ---
 
@@ -117,7 +128,11 @@ class PackedTrainer(DurableTrainer):
         return _names(self.train_rows.rows, row_numbers)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:  # type: ignore[override]
+        if self._logged_step < 0:
+            self._logged_step = self.state.global_step
+            self.clock.start()
         self._epoch = epoch
+        self.clock.mark("other")
         if self.tuned.tower is not None and self.tuned.tower.cache is not None:
             self.tuned.tower.cache.flush()
             self.survival.ranks.sum([0])  # what any rank has made is there for all
@@ -127,12 +142,61 @@ class PackedTrainer(DurableTrainer):
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], float]:
         """A step's micro-batches, and the sum of their token weights over all ranks; the time spent waiting for data is counted."""
-        start, step = time.perf_counter(), self.state.global_step + 1
+        step = self.state.global_step + 1
         self.survival.watch.at(step, "waiting for data")
         batches, problem = _take(epoch_iterator, num_batches)
-        self._waited_seconds += time.perf_counter() - start
+        self._done = []
+        self.clock.mark("data")
         self.survival.watch.at(step, "agreeing on the step", lambda: self.names_of([number for batch in batches for number in batch.row_numbers]))
-        return batches, self.agree(sum(float(batch.weights.sum()) for batch in batches), problem)
+        total = self.agree(sum(float(batch.weights.sum()) for batch in batches), problem)
+        self.clock.mark("communication")
+        return batches, total
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: float | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of a micro-batch; of its halves, where a process on its own finds that it does not fit into the memory.
+
+        Raises:
+            RunError: it does not fit, and cannot be split.
+        """
+        halves = split(inputs) if inputs.num_tokens >= self._too_many_tokens else None
+        if halves is not None:
+            return sum((self.training_step(model, half, num_items_in_batch) for half in halves), torch.zeros((), device=self.args.device))
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            problem = str(error).splitlines()[0]
+        else:
+            self.clock.mark("backward")
+            self._count()
+            self._done.append(inputs)
+            return loss
+        self._make_room(model, inputs, num_items_in_batch, problem)
+        return self.training_step(model, inputs, num_items_in_batch)
+
+    def _make_room(self, model: nn.Module, inputs: PackedBatch, total: float | None, problem: str) -> None:
+        """After a micro-batch did not fit: the gradients of the step's earlier ones once more, since it may have left a part of its own in them."""
+        step, ranks = self.state.global_step + 1, self.survival.ranks
+        if not ranks.is_alone or self.is_deepspeed_enabled or split(inputs) is None:
+            names = "; ".join(self.names_of(inputs.row_numbers))
+            raise RunError(
+                f"step {step}: a micro-batch of {inputs.num_tokens:,} tokens does not fit into the memory ({problem}); rows: {names}. Lower "
+                f"max_tokens_per_batch (now {self.train_rows.plan.budget}) or max_length, or set gradient_checkpointing: true; plan_run.py --fit tells"
+            )
+        if self._too_many_tokens == math.inf:
+            tqdm.write(
+                f"step {step}: a micro-batch of {inputs.num_tokens:,} tokens does not fit into the memory; such ones are done in halves from here on, with the "
+                "same gradients. Smaller micro-batches are faster: see max_tokens_per_batch"
+            )
+        self._too_many_tokens = inputs.num_tokens
+        model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for batch in self._done:
+            super().training_step(model, batch, total)  # type: ignore[arg-type]
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: float | None = None
@@ -141,16 +205,27 @@ class PackedTrainer(DurableTrainer):
         assert num_items_in_batch is not None
         self.survival.watch.at(self.state.global_step + 1, "training", partial(self.names_of, inputs.row_numbers))
         torch.manual_seed(random_seed(self.args.seed, self._epoch, inputs.row_numbers[0]))
-        scores: RowScores = model(**model_inputs(inputs, self.tuned.tower))
+        self.clock.mark("data")  # to the device
+        values = model_inputs(inputs, self.tuned.tower)
+        self.clock.mark("vision")
+        scores: RowScores = model(**values)
+        self.clock.mark("forward")
+        loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
+        self._latest = inputs, RowScores(scores.log_probs.detach(), scores.is_top1), loss.detach()
+        return loss * self.accelerator.num_processes
+
+    def _count(self) -> None:
+        """Takes the latest micro-batch into what is logged."""
+        assert self._latest is not None
+        inputs, scores, loss = self._latest
+        self._flops += 0.0 if self.costs is None else self.costs.total(shape_of(inputs)).required
         counted = inputs.weights > 0
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
         self._counts[2] += inputs.num_tokens
         self._counts[3] += inputs.num_images
         self._counts[4] += 0 if inputs.pixel_values is None else len(inputs.pixel_values)
         self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights, inputs.sequence_index, inputs.row_numbers)
-        loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
-        self._in_step.append((loss.detach(), inputs.row_numbers))
-        return loss * self.accelerator.num_processes
+        self._in_step.append((loss, inputs.row_numbers))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optim` names, with groups per part."""
@@ -170,7 +245,11 @@ class PackedTrainer(DurableTrainer):
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
             spikes, ranks = self._losses.look(self.train_rows.rows), self.survival.ranks
-            supervised, right, tokens, images, encoded, waited, num_spikes = ranks.sum([*self._counts.tolist(), self._waited_seconds, len(spikes)])
+            self.clock.mark("other")
+            phases = self.clock.take()
+            supervised, right, tokens, images, encoded, num_spikes, *times, flops = ranks.sum(
+                [*self._counts.tolist(), len(spikes), *phases.values(), self._flops]
+            )
             if num_spikes:
                 found = [spike for of_rank in ranks.gather(spikes) for spike in of_rank]
                 if ranks.is_main:
@@ -178,21 +257,23 @@ class PackedTrainer(DurableTrainer):
                         report_spikes(found, self.survival.saver.output_dir / "loss_spikes.jsonl")
                     except OSError as error:  # a full disk; the next checkpoint will tell whether the run has to end
                         tqdm.write(f"warning: loss_spikes.jsonl could not be written: {error}")
-            seconds = time.perf_counter() - self._last_log - self._paused_seconds
+            seconds = sum(times) / ranks.world_size
+            steps = self.state.global_step - self._logged_step
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
             logs["tokens_per_second"] = tokens / seconds
             logs["images_per_second"] = images / seconds
             logs["images_encoded"] = encoded
             logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
-            logs["data_wait_share"] = waited / seconds / self.accelerator.num_processes
+            logs["data_wait_share"] = times[0] / seconds / ranks.world_size
+            logs |= {f"{name}_seconds": value / ranks.world_size / steps for name, value in zip(phases, times, strict=True)}
+            if self.costs is not None:
+                logs["tflops_per_second"] = flops / seconds / ranks.world_size / 1e12
+            if self.costs is not None and self._peak_flops is not None:
+                logs["mfu"] = flops / seconds / ranks.world_size / self._peak_flops
             self._counts.zero_()
-            self._last_log, self._paused_seconds, self._waited_seconds = time.perf_counter(), 0.0, 0.0
+            self._flops, self._logged_step = 0.0, self.state.global_step
         super().log(logs, start_time)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._last_log = time.perf_counter()
-        return super()._inner_training_loop(*args, **kwargs)
 
     # --- evaluation ---
 
@@ -201,6 +282,7 @@ class PackedTrainer(DurableTrainer):
         """Mean loss per supervised token and token accuracy over the evaluation rows of all ranks."""
         assert self.eval_rows is not None
         # an engine that shares weights out has to be called itself, to gather them
+        self.clock.mark("other")
         packed, start = self.model_wrapped if self.is_deepspeed_enabled else self.tuned.packed, time.time()
         training = packed.training
         packed.eval()
@@ -220,7 +302,7 @@ class PackedTrainer(DurableTrainer):
         packed.train(training)
         metrics = {f"{metric_key_prefix}_loss": loss / weight, f"{metric_key_prefix}_token_accuracy": right / max(supervised, 1)}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
-        self._paused_seconds += time.time() - start
+        self.clock.mark("")
         self._evaluated_step = self.state.global_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
