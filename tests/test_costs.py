@@ -143,6 +143,7 @@ ARGUMENTS: dict[str, Any] = {
     "lora_alpha": 32,
     "lora_dropout": 0.05,
     "lora_target_modules": None,
+    "lora_dtype": "float32",
     "use_dora": False,
     "use_rslora": False,
     "tunable_parts": "language_model",

@@ -48,6 +48,9 @@ class ModelFields:
     lora_target_modules: str | list[str] | None = key(
         None, "Names of linear layers, or regular expressions that match whole module names; default: all linear layers of the language model."
     )
+    lora_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Type of the adapter's weights and of their optimizer state; bfloat16 saves memory and rounds small steps away."
+    )
     lora_path: str | None = key(None, "An adapter to continue from; its rank, alpha and targets stay.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
     use_dora: bool = key(False, "DoRA: learn magnitude and direction apart.")
@@ -64,6 +67,7 @@ class ModelFields:
         "off", "Keep what a frozen vision tower makes of each image, for later epochs: in memory, or below cache_dir for later runs too; `auto`: where it pays."
     )
     feature_cache_gib: float = key(32.0, "How much the feature cache may hold: on each host in memory, or in all on disk.", exclusiveMinimum=0)
+    activation_offloading: bool = key(False, "Keep activations in the host's memory between forward and backward pass: slower, for longer rows; on GPUs.")
     vision_gradient_checkpointing: bool | None = key(None, "Recompute the vision tower's activations when it trains; default: as gradient_checkpointing.")
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = key(
         "auto", "Attention of the packed forward pass: per-segment SDPA on CPUs; on a GPU the first kernel that is there and gives the right result."

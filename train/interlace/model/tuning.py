@@ -70,8 +70,9 @@ def tune(
     freeze_exclude: Sequence[str] = (),
     frozen_dtype: torch.dtype | None = torch.float32,
     trained_dtype: torch.dtype | None = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
 ) -> TunedModel:
-    """Sets what learns; what learns is kept in `trained_dtype`, the rest in `frozen_dtype`, or as it was loaded (None).
+    """Sets what learns; what learns is kept in `trained_dtype` (an adapter in `adapter_dtype`, if given), the rest in `frozen_dtype`, or as loaded (None).
 
     Args:
         lora: a new adapter on the language model; None for full tuning, or when `lora_path` continues one.
@@ -112,9 +113,10 @@ def tune(
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("nothing is left to train: check tunable_parts and freeze_include")
-    for parameter in [*model.parameters(), *([] if tower is None else tower.module.parameters())]:
+    for name, parameter in [*model.named_parameters(), *([] if tower is None else tower.module.named_parameters())]:
         if parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.to((trained_dtype if parameter.requires_grad else frozen_dtype) or parameter.dtype)
+            learned = (adapter_dtype if ".lora_" in name else None) or trained_dtype
+            parameter.data = parameter.data.to((learned if parameter.requires_grad else frozen_dtype) or parameter.dtype)
     if peft is not None and lora_path is not None:  # once more, in float32: loading into a 16-bit model has rounded the whole parts
         set_peft_model_state_dict(peft, load_file(Path(lora_path) / "adapter_model.safetensors"))
     return TunedModel(PackedModel(model), tower, peft)

@@ -45,7 +45,8 @@ def empty_model(config: PretrainedConfig, arguments: Mapping[str, Any]) -> Tuned
         model.tie_weights()
         parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
         keeps_types = not arguments["lora"] and compute_dtype(arguments) is not torch.float32
-        tuned = tune(model, parts, _adapter(arguments), None, include, exclude, None if keeps_types else compute_dtype(arguments))
+        frozen, adapter = None if keeps_types else compute_dtype(arguments), torch.bfloat16 if arguments["lora_dtype"] == "bfloat16" else None
+        tuned = tune(model, parts, _adapter(arguments), None, include, exclude, frozen, adapter_dtype=adapter)
     tuned.packed.family = replace(tuned.packed.family, tiling=None)  # cut or not, tiles are what the tower and the projector see
     language, vision = checkpoints(arguments)
     if language:

@@ -23,6 +23,7 @@ from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
 from interlace.model.attention_kernels import choose
 from interlace.model.costs import StepCosts, step_costs
+from interlace.model.liger import use_liger
 from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import TunedModel, tune
 from interlace.redaction import without_secrets
@@ -157,7 +158,8 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, guarded_trackers(args, record), survival, costs)
+        trackers, offloads = guarded_trackers(args, record), record["activation_offloading"]
+        trainer = PackedTrainer(tuned, processing, args, train, evaluation, rates, trackers, survival, costs, offloads)
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}
@@ -193,6 +195,7 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     values["disable_tqdm"] = bool(values["disable_tqdm"])
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
+    values["use_liger_kernel"] = False  # ours to apply: Hugging Face looks for a model of its own
     transformers.logging.set_verbosity_error()
     if values["deepspeed"]:
         values["deepspeed"] = deepspeed_settings(values["deepspeed"], values["optim"])
@@ -252,10 +255,15 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     wanted = None if arguments["lora_path"] else new_adapter(arguments)
     rounded = bool(args.deepspeed) and mixed  # by the engine, which keeps the float32 of its slice: whole models in float32 would not fit a host
     trained = None if rounded else torch.float32
-    tuned = tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, trained)
+    adapter = torch.bfloat16 if arguments["lora_dtype"] == "bfloat16" else None
+    tuned = tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, trained, adapter)
     text = model.config.get_text_config()
     heads = text.num_attention_heads, text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     tuned.packed.use_attention(choose(arguments["attention"], args.device, compute, *heads))
+    if arguments["use_liger_kernel"]:
+        if args.device.type != "cuda":
+            raise InputError("use_liger_kernel: Triton kernels need a GPU")
+        use_liger(tuned.packed, arguments["liger_kernel_config"])
     return tuned
 
 

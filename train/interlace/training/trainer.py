@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
 from interlace.training.clock import peak_flops
 from interlace.training.durable import DurableTrainer
+from interlace.training.offloading import OffloadedActivations
 from interlace.training.restoring import Survival
 from interlace.training.spikes import report_spikes
 from interlace.training.stopping import leave_signals_to_parent
@@ -54,6 +56,7 @@ class PackedTrainer(DurableTrainer):
         rates: learning rates of parts that have their own.
         survival: what the run needs to outlive its accidents.
         costs: of the model, to log FLOP/s and MFU.
+        offloads: activations wait in the host's memory.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class PackedTrainer(DurableTrainer):
         callbacks: list[Any],
         survival: Survival,
         costs: StepCosts | None = None,
+        offloads: bool = False,
     ):
         self.train_rows, self.eval_rows, self.rates = train, evaluation, dict(rates)
         placeholder = NumberedRows(train.rows)
@@ -80,6 +84,7 @@ class PackedTrainer(DurableTrainer):
         self._epoch = 0
         self._latest: tuple[PackedBatch, RowScores, torch.Tensor] | None = None
         self._done: list[PackedBatch] = []  # the step's micro-batches whose gradients are there
+        self._offloads = offloads
         self._too_many_tokens = math.inf  # for a micro-batch, as far as is known
         self.costs, self._flops, self._logged_step = costs, 0.0, -1  # FLOPs required since that step
         device_name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
@@ -208,7 +213,8 @@ class PackedTrainer(DurableTrainer):
         self.clock.mark("data")  # to the device
         values = model_inputs(inputs, self.tuned.tower)
         self.clock.mark("vision")
-        scores: RowScores = model(**values)
+        with OffloadedActivations(self.args.device) if self._offloads else nullcontext():
+            scores: RowScores = model(**values)
         self.clock.mark("forward")
         loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
         self._latest = inputs, RowScores(scores.log_probs.detach(), scores.is_top1), loss.detach()
