@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 def launch(kind: str, hosts: Hosts, words: tuple[str | Path, ...], log: Path, slots: int = 1) -> list[Launched]:
     """Starts a script with `slots` ranks on each host, through launch/; what has to be waited for, node-a's first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background, which tests may
     if kind == "deepspeed":
         if not Path(sys.executable).with_name("deepspeed").exists():
             pytest.skip("deepspeed is not installed")
