@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from run import make_model
+from mini import make_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, Qwen2Config, SiglipVisionConfig
 from transformers.initialization import no_init_weights
 

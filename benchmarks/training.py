@@ -1,0 +1,436 @@
+"""Whole training runs against other tools: `make bench`, or `python benchmarks/training.py` with `train/` on PYTHONPATH.
+
+Every variant trains the same model from the same weights on the same rows in the same order, through its own trainer (ours as `supervised_finetune.py` runs
+it), in a process of its own, on one thread. Parity comes first: the first step's loss within 1e-5 and its gradient's norm within 1e-4 of ours in float32, or
+the variant is not reported. Seconds are process CPU time from the end of one step to the end of the next: reading, decoding, forward, backward, optimizer.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    TrainerCallback,
+)
+
+from interlace.arguments import SCHEMA_PATH, resolve
+from interlace.data.demo import MODEL
+from interlace.data.template import ChatTemplate
+from interlace.model.forward import FrozenTower
+from interlace.model.loading import Processing, save_model, save_processing
+
+PATCH, VOCABULARY, PROMPT, ANSWER = 14, 9408, 60, 50
+MIXTURE = {1: 25, 2: 30, 3: 10, 4: 10, 5: 8, 6: 5, 8: 7, 10: 3, 16: 2}  # images per row -> percent of rows
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LEARNING_RATE = 1e-3
+VARIANTS = ("trl_default", "trl_tuned", "hugging_face", "interlace")
+NAMES = {
+    "trl_default": "TRL, default",
+    "trl_tuned": "TRL, tuned",
+    "hugging_face": "Hugging Face Trainer",
+    "interlace": "Interlace, first epoch",
+    "interlace_cached": "Interlace, cached features",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: images of the rows of a step (None: 4 rows of the mixture, and micro-batches packed to as many tokens), an adapter or all, steps."""
+
+    images: tuple[int, ...] | None
+    lora: bool
+    steps: int
+    side: int = 384
+
+    @property
+    def rows_per_step(self) -> int:
+        return 4 if self.images is None else len(self.images)
+
+
+CASES = {
+    "lora_1_2": Case((1, 2), True, 4),
+    "lora_1_1_2_4": Case((1, 1, 2, 4), True, 3),
+    "full_1_2": Case((1, 2), False, 4),
+    "lora_mixture": Case(None, True, 16, 112),
+}
+
+
+# --- the same for all ---
+
+
+def make_folder(case: Case, folder: Path) -> None:
+    """Model, adapter, images and rows."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    image_token_id, tokens = tokenizer.convert_tokens_to_ids("<image>"), (case.side // PATCH) ** 2
+    vision = SiglipVisionConfig(
+        hidden_size=256, intermediate_size=956, num_hidden_layers=9, num_attention_heads=4, image_size=case.side, patch_size=PATCH, vision_use_head=False
+    )
+    text = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    (folder / "model").mkdir()
+    save_model(model, folder / "model")
+    images = SiglipImageProcessorPil(size={"height": case.side, "width": case.side})
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, image_token_id), config, tokens), folder / "model")
+    torch.manual_seed(7)
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, settings).save_pretrained(folder / "adapter")
+    write_rows(case, folder, tokenizer)
+
+
+def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:
+    """`rows.json`, in LLaVA's format."""
+    randomness, pixels = random.Random(0), np.random.default_rng(0)
+    words = [f" {word}" for word in ("cat", "dog", "tree", "left", "right", "red", "house", "three", "seven", "digit", "image")]
+    (folder / "images").mkdir()
+    counts = [case.images] * case.steps if case.images else [tuple(randomness.choices(list(MIXTURE), list(MIXTURE.values()), k=4)) for _ in range(case.steps)]
+    rows: list[dict[str, Any]] = []
+    for count in (count for step in counts for count in step):
+        names = []
+        for _ in range(count):
+            names.append(f"images/{len(rows)}_{len(names)}.png")
+            PIL.Image.fromarray(pixels.integers(0, 255, (case.side, case.side, 3), dtype=np.uint8)).save(folder / names[-1])
+
+        def write(length: int) -> str:
+            text = ""
+            while len(tokenizer(text)["input_ids"]) < length:
+                text += randomness.choice(words)
+            return text.strip()
+
+        question = "<image>" * count + write(PROMPT)
+        rows.append({"image": names, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": write(ANSWER)}]})
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+class Meter(TrainerCallback):  # type: ignore[misc]
+    """CPU seconds of each step, losses and gradient norms; images that towers have seen, tokens (padding too) that language models have seen."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.logs: list[dict[str, float]] = []
+        self.images = self.tokens = 0
+        self.per_step: list[tuple[int, int]] = []
+        self._last = 0.0
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Counts what goes through a model; recomputation in a backward pass counts again."""
+        seen = {"SiglipVisionEmbeddings": ("pixel_values", self._see), "Qwen2DecoderLayer": ("hidden_states", self._read)}
+        for module in model.modules():
+            name, note = seen.get(type(module).__name__, ("", None))
+            if note is not None and getattr(getattr(module, "self_attn", None), "layer_idx", 0) == 0:
+                module.register_forward_pre_hook(
+                    lambda _, inputs, named, name=name, note=note: note(named.get(name, next(iter(inputs), None))), with_kwargs=True
+                )
+
+    def _see(self, pixel_values: torch.Tensor) -> None:
+        self.images += len(pixel_values)
+
+    def _read(self, hidden: torch.Tensor) -> None:
+        self.tokens += hidden.shape[0] * hidden.shape[1]
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._last = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self._last)
+        self.per_step.append((self.images, self.tokens))
+        self.images = self.tokens = 0
+        self._last = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.logs.append({name: float(logs[name]) for name in ("loss", "grad_norm")})
+
+    def result(self, steps: slice, rows: int) -> dict[str, Any]:
+        images, tokens = (sum(values[i] for values in self.per_step[steps]) for i in (0, 1))
+        return {
+            "seconds": self.seconds[steps],
+            "losses": [log["loss"] for log in self.logs[steps]],
+            "grad_norm": self.logs[0]["grad_norm"],
+            "images": images,
+            "tokens": tokens,
+            "rows": rows,
+            "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+
+def settings(case: Case, output_dir: Path) -> dict[str, Any]:
+    """What every trainer is told."""
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": case.rows_per_step,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+
+
+# --- ours ---
+
+
+def interlace(case: Case, folder: Path) -> dict[str, Any]:
+    """Two epochs through `finetune`: the first fills the cache of features, the second finds them."""
+    from interlace.data.packing import Plan
+    from interlace.training import planning, supervised
+
+    meter, rows = Meter(), json.loads((folder / "rows.json").read_text())
+    planning.Plan = functools.partial(Plan, shuffle=False)  # type: ignore[misc, assignment]
+    own = (
+        {"lora": True, "lora_path": str(folder / "adapter"), "tunable_parts": "language_model"} if case.lora else {"tunable_parts": "projector,language_model"}
+    )
+    config = (
+        settings(case, folder / "interlace")
+        | own
+        | {
+            "model_name_or_path": str(folder / "model"),
+            "dataset": {"train": [{"data_files": str(folder / "rows.json"), "image_folder": str(folder)}]},
+            "packing": case.images is None,
+            "gradient_checkpointing": False,
+            "feature_cache": "memory",
+            "num_train_epochs": 2,
+            "max_length": 100_000,
+            "cache_dir": str(folder / "cache"),
+            "preprocessing_num_workers": 0,
+        }
+    )
+    arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "benchmark"))
+    assert not problems, problems
+    original, features = supervised.guarded_trackers, FrozenTower.features
+
+    def trackers(*values: Any) -> list[Any]:
+        return [*original(*values), meter]
+
+    def counted(tower: FrozenTower, pixel_values: torch.Tensor) -> torch.Tensor:
+        meter.images += len(pixel_values)
+        return features(tower, pixel_values)
+
+    def started(args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        meter.watch(model)
+
+    meter.on_train_begin = started  # type: ignore[method-assign]
+    supervised.guarded_trackers, FrozenTower.features = trackers, counted  # type: ignore[method-assign, assignment]
+    supervised.finetune(arguments)
+    steps = len(meter.seconds) // 2
+    return {"first": meter.result(slice(0, steps), len(rows)), "cached": meter.result(slice(steps, None), len(rows))}
+
+
+# --- the others ---
+
+
+def load_model(case: Case, folder: Path) -> Any:
+    """The model with what learns set."""
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    if case.lora:
+        return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def load_processor(folder: Path) -> Any:
+    """The model's processor, with a template that ends behind the last answer: its line break would be one more supervised token than ours has."""
+    processor: Any = AutoProcessor.from_pretrained(folder / "model")
+    before = "{{- '\\n' -}}{%- endfor -%}{%- if add"
+    assert before in processor.chat_template
+    inside = "{%- if not loop.last or message['role'] != 'assistant' -%}{{- '\\n' -}}{%- endif -%}{%- endfor -%}{%- if add"
+    processor.chat_template = processor.chat_template.replace(before, inside)
+    return processor
+
+
+def images_of(row: dict[str, Any], folder: Path) -> list[str]:
+    return [str(folder / name) for name in row["image"]]
+
+
+def trl(case: Case, folder: Path, is_default: bool) -> dict[str, Any]:
+    """`SFTTrainer` on prompt and completion; by default it recomputes activations. Its fused head is told that it may leave rows out on CPUs, too."""
+    import datasets
+    import trl.trainer.utils
+    from trl import SFTConfig, SFTTrainer
+
+    trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
+    rows = json.loads((folder / "rows.json").read_text())
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        parts = [*({"type": "image"} for _ in row["image"]), {"type": "text", "text": question.replace("<image>", "")}]
+        prompt = [{"role": "user", "content": parts}]
+        completion = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        data.append({"prompt": prompt, "completion": completion, "images": images_of(row, folder)})
+    dataset = datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image()))
+
+    class Ordered(SFTTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    meter, processor = Meter(), load_processor(folder)
+    config = SFTConfig(**settings(case, folder / "trl"), gradient_checkpointing=is_default, max_length=None, bf16=False, num_train_epochs=1)
+    trainer = Ordered(model=load_model(case, folder), args=config, train_dataset=dataset, processing_class=processor, callbacks=[meter])
+    meter.watch(trainer.model)
+    trainer.train()
+    return {"first": meter.result(slice(0, None), len(rows))}
+
+
+def hugging_face(case: Case, folder: Path) -> dict[str, Any]:
+    """`Trainer` with a collator as its documentation suggests: the processor pads, prompts are masked. Frozen tower, no checkpointing."""
+    from transformers import Trainer, TrainingArguments
+
+    rows, processor = json.loads((folder / "rows.json").read_text()), load_processor(folder)
+
+    def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        parts = [*({"type": "image"} for _ in row["image"]), {"type": "text", "text": question.replace("<image>", "")}]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+    def collate(batch: list[dict[str, Any]]) -> Any:
+        turns = [conversation(row) for row in batch]
+        texts = [processor.apply_chat_template(turn) for turn in turns]
+        images = [[PIL.Image.open(path) for path in images_of(row, folder)] for row in batch]
+        inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="right")
+        inputs["labels"] = inputs["input_ids"].clone()
+        for number, (turn, opened) in enumerate(zip(turns, images, strict=True)):
+            prompt = processor.apply_chat_template(turn[:1], add_generation_prompt=True)
+            inputs["labels"][number, : processor(text=prompt, images=opened, return_tensors="pt")["input_ids"].shape[1]] = -100
+        inputs["labels"][inputs["attention_mask"] == 0] = -100
+        return inputs
+
+    class Ordered(Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    meter, model = Meter(), load_model(case, folder)
+    args = TrainingArguments(**settings(case, folder / "hugging_face"), remove_unused_columns=False, num_train_epochs=1)
+    trainer = Ordered(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[meter])  # type: ignore[arg-type]
+    meter.watch(model)
+    trainer.train()
+    return {"first": meter.result(slice(0, None), len(rows))}
+
+
+RUN: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
+    "trl_default": lambda case, folder: trl(case, folder, True),
+    "trl_tuned": lambda case, folder: trl(case, folder, False),
+    "hugging_face": hugging_face,
+    "interlace": interlace,
+}
+
+
+# --- the table ---
+
+
+def run_case(name: str, folder: Path, log: Path) -> list[str]:
+    """Lines of the table."""
+    make_folder(CASES[name], folder)
+    results: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS:
+        done = subprocess.run([sys.executable, __file__, "--measure", variant, name, str(folder)], capture_output=True, text=True, check=False)
+        with log.open("a") as file:
+            file.write(f"### {name} {variant}\n{done.stdout}\n{done.stderr if done.returncode else ''}\n")
+        if done.returncode:
+            print(f"{name}: {variant} failed, see {log}: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        results[variant] = found["first"]
+        if "cached" in found:
+            results[f"{variant}_cached"] = found["cached"]
+    return lines_of(CASES[name], results)
+
+
+def lines_of(case: Case, results: dict[str, dict[str, Any]]) -> list[str]:
+    ours, lines = results["interlace"], []
+    for variant, r in results.items():
+        per_row = [seconds * len(r["seconds"]) / r["rows"] for seconds in r["seconds"]]
+        r["best"] = sum(r["seconds"]) / r["rows"] if case.images is None else min(per_row)
+        r["median"] = statistics.median(per_row)
+        is_same = case.images is None or (abs(r["losses"][0] - ours["losses"][0]) <= 1e-5 and abs(r["grad_norm"] / ours["grad_norm"] - 1) <= 1e-4)
+        r["reported"] = is_same or variant == "interlace_cached"
+        if not r["reported"]:
+            print(f"{variant}: loss {r['losses'][0]:.6f}, gradient {r['grad_norm']:.6f}; ours {ours['losses'][0]:.6f}, {ours['grad_norm']:.6f}: not reported")
+    what = "mixture" if case.images is None else list(case.images)
+    for variant, r in results.items():
+        if not r["reported"]:
+            continue
+        ratios = [f"{results[peer]['best'] / r['best']:.2f}x" if peer in results and results[peer]["reported"] else "" for peer in VARIANTS[:3]]
+        lines.append(
+            f"| SFT-{'LoRA' if case.lora else 'full'} {what} | {NAMES[variant]} | {1 / r['best']:.3f} | {r['best'] * case.rows_per_step:.2f} | "
+            f"{r['median'] * case.rows_per_step:.2f} | {r['mib']:.0f} | {r['images']} | {r['tokens']:,} | {r['losses'][0]:.6f} | {' | '.join(ratios)} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", nargs=3, metavar=("VARIANT", "CASE", "FOLDER"))
+    parser.add_argument("--only", nargs="*", default=list(CASES), metavar="CASE")
+    options = parser.parse_args()
+    if options.measure:
+        variant, name, folder = options.measure
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        case = CASES[name]
+        print(json.dumps(RUN[variant](case, Path(folder))))
+        return
+    import trl as trl_package
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_package.__version__}, {platform.machine()}"
+    head = ["model", "tool", "rows per CPU-s", "CPU-s per step, best", "median", "peak MiB", "images encoded", "tokens through the LM", "first loss"]
+    head += [f"faster than {NAMES[peer]}" for peer in VARIANTS[:3]]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    log = Path(__file__).parent / "results" / f"training_cpu_{date.today()}.log"
+    log.write_text("")
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += run_case(name, Path(folder), log)
+        print(f"{name} done", flush=True)
+    text = "\n".join([f"# Training on one CPU thread, float32; {versions}", "", *lines, ""])
+    path = Path(__file__).parent / "results" / f"training_cpu_{date.today()}.md"
+    path.write_text(text)
+    print(f"{text}\n{path}")
+
+
+if __name__ == "__main__":
+    main()
