@@ -47,6 +47,13 @@ from interlace.model.loading import Processing, save_model, save_processing
 
 PATCH, VOCABULARY, PROMPT, ANSWER = 14, 9408, 60, 50
 MIXTURE = {1: 25, 2: 30, 3: 10, 4: 10, 5: 8, 6: 5, 8: 7, 10: 3, 16: 2}  # images per row -> percent of rows
+MINI_VISION = {"hidden_size": 256, "intermediate_size": 956, "num_hidden_layers": 9, "num_attention_heads": 4}
+MINI_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+MINI_TEXT |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
+SMALL = {"vocab_size": 152_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+LARGE = {"vocab_size": 152_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}
+QWEN = {"0.5b": SMALL | {"num_key_value_heads": 16, "tie_word_embeddings": True}, "7b": LARGE | {"num_key_value_heads": 32, "tie_word_embeddings": False}}
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LEARNING_RATE = 1e-3
 VARIANTS = ("trl_default", "trl_tuned", "hugging_face", "interlace")
@@ -61,16 +68,26 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: images of the rows of a step (None: 4 rows of the mixture, and micro-batches packed to as many tokens), an adapter or all, steps."""
+    """What is trained, and how.
+
+    images: of the rows of a step; None draws them from the mixture, and our micro-batches are packed to as many tokens on average.
+    lora: an adapter, else projector and language model. steps: of an epoch. side: of the images. rows: of the mixture in a step.
+    model: `mini`, `0.5b` or `7b`. answer: its tokens. device: `cpu`, or `cuda` in bfloat16. workers: processes that read.
+    """
 
     images: tuple[int, ...] | None
     lora: bool
     steps: int
     side: int = 384
+    rows: int = 4
+    model: str = "mini"
+    answer: int = ANSWER
+    device: str = "cpu"
+    workers: int = 0
 
     @property
     def rows_per_step(self) -> int:
-        return 4 if self.images is None else len(self.images)
+        return self.rows if self.images is None else len(self.images)
 
 
 CASES = {
@@ -87,23 +104,13 @@ CASES = {
 def make_folder(case: Case, folder: Path) -> None:
     """Model, adapter, images and rows."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    image_token_id, tokens = tokenizer.convert_tokens_to_ids("<image>"), (case.side // PATCH) ** 2
-    vision = SiglipVisionConfig(
-        hidden_size=256, intermediate_size=956, num_hidden_layers=9, num_attention_heads=4, image_size=case.side, patch_size=PATCH, vision_use_head=False
-    )
-    text = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    config, tokens = make_config(case, tokenizer), (case.side // PATCH) ** 2
+    image_token_id = config.image_token_id
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    with torch.device(case.device):
+        torch.set_default_dtype(torch.float32 if case.device == "cpu" else torch.bfloat16)
+        model = LlavaForConditionalGeneration(config)
+        torch.set_default_dtype(torch.float32)
     (folder / "model").mkdir()
     save_model(model, folder / "model")
     images = SiglipImageProcessorPil(size={"height": case.side, "width": case.side})
@@ -114,12 +121,26 @@ def make_folder(case: Case, folder: Path) -> None:
     write_rows(case, folder, tokenizer)
 
 
+def make_config(case: Case, tokenizer: Any) -> LlavaConfig:
+    """Of the mini model, whose FLOP ratios are like the 0.5B's, or of LLaVA-NeXT-Interleave 0.5B and 7B."""
+    vision_size, text_size = (MINI_VISION, MINI_TEXT) if case.model == "mini" else (SIGLIP, QWEN[case.model])
+    vision = SiglipVisionConfig(**vision_size, image_size=case.side, patch_size=PATCH, vision_use_head=False)
+    text = Qwen2Config(**text_size, pad_token_id=tokenizer.pad_token_id)
+    image_token_id, ties = tokenizer.convert_tokens_to_ids("<image>"), text_size["tie_word_embeddings"]
+    fixed: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "tie_word_embeddings": ties}
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **fixed)
+
+
 def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:
     """`rows.json`, in LLaVA's format."""
     randomness, pixels = random.Random(0), np.random.default_rng(0)
     words = [f" {word}" for word in ("cat", "dog", "tree", "left", "right", "red", "house", "three", "seven", "digit", "image")]
     (folder / "images").mkdir()
-    counts = [case.images] * case.steps if case.images else [tuple(randomness.choices(list(MIXTURE), list(MIXTURE.values()), k=4)) for _ in range(case.steps)]
+    counts = (
+        [case.images] * case.steps
+        if case.images
+        else [tuple(randomness.choices(list(MIXTURE), list(MIXTURE.values()), k=case.rows)) for _ in range(case.steps)]
+    )
     rows: list[dict[str, Any]] = []
     for count in (count for step in counts for count in step):
         names = []
@@ -134,14 +155,15 @@ def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:
             return text.strip()
 
         question = "<image>" * count + write(PROMPT)
-        rows.append({"image": names, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": write(ANSWER)}]})
+        rows.append({"image": names, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": write(case.answer)}]})
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
 class Meter(TrainerCallback):  # type: ignore[misc]
     """CPU seconds of each step, losses and gradient norms; images that towers have seen, tokens (padding too) that language models have seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: Case) -> None:
+        self.case = case
         self.seconds: list[float] = []
         self.logs: list[dict[str, float]] = []
         self.images = self.tokens = 0
@@ -164,11 +186,18 @@ class Meter(TrainerCallback):  # type: ignore[misc]
     def _read(self, hidden: torch.Tensor) -> None:
         self.tokens += hidden.shape[0] * hidden.shape[1]
 
+    def _now(self) -> float:
+        """Of the process on CPUs, where others may run beside it; of the wall on a GPU, once it has done all it was asked."""
+        if self.case.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self._last = time.process_time()
+        self._last = self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = time.process_time()
+        now = self._now()
         self.seconds.append(now - self._last)
         self.per_step.append((self.images, self.tokens))
         self.images = self.tokens = 0
@@ -180,7 +209,8 @@ class Meter(TrainerCallback):  # type: ignore[misc]
 
     def result(self, steps: slice, rows: int) -> dict[str, Any]:
         images, tokens = (sum(values[i] for values in self.per_step[steps]) for i in (0, 1))
-        return {
+        memory = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()} if self.case.device == "cuda" else {}
+        return memory | {
             "seconds": self.seconds[steps],
             "losses": [log["loss"] for log in self.logs[steps]],
             "grad_norm": self.logs[0]["grad_norm"],
@@ -189,6 +219,12 @@ class Meter(TrainerCallback):  # type: ignore[misc]
             "rows": rows,
             "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+
+
+def rows_of(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """As many of the rows as the case's epoch takes."""
+    rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
+    return rows[: case.rows_per_step * case.steps]
 
 
 def settings(case: Case, output_dir: Path) -> dict[str, Any]:
@@ -204,10 +240,11 @@ def settings(case: Case, output_dir: Path) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": case.device == "cpu",
+        "bf16": case.device == "cuda",
         "disable_tqdm": True,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
+        "dataloader_num_workers": case.workers,
+        "dataloader_pin_memory": case.device == "cuda",
         "seed": 0,
     }
 
@@ -220,7 +257,7 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
     from interlace.data.packing import Plan
     from interlace.training import planning, supervised
 
-    meter, rows = Meter(), json.loads((folder / "rows.json").read_text())
+    meter, rows = Meter(case), rows_of(case, folder)
     planning.Plan = functools.partial(Plan, shuffle=False)  # type: ignore[misc, assignment]
     own = (
         {"lora": True, "lora_path": str(folder / "adapter"), "tunable_parts": "language_model"} if case.lora else {"tunable_parts": "projector,language_model"}
@@ -230,7 +267,7 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
         | own
         | {
             "model_name_or_path": str(folder / "model"),
-            "dataset": {"train": [{"data_files": str(folder / "rows.json"), "image_folder": str(folder)}]},
+            "dataset": {"train": [{"data_files": str(folder / "rows.json"), "image_folder": str(folder), "sampling_strategy": f"first:{len(rows)}"}]},
             "packing": case.images is None,
             "gradient_checkpointing": False,
             "feature_cache": "memory",
@@ -294,7 +331,7 @@ def trl(case: Case, folder: Path, is_default: bool) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
-    rows = json.loads((folder / "rows.json").read_text())
+    rows = rows_of(case, folder)
     data: list[dict[str, Any]] = []
     for row in rows:
         question, answer = (turn["value"] for turn in row["conversations"])
@@ -308,8 +345,8 @@ def trl(case: Case, folder: Path, is_default: bool) -> dict[str, Any]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    meter, processor = Meter(), load_processor(folder)
-    config = SFTConfig(**settings(case, folder / "trl"), gradient_checkpointing=is_default, max_length=None, bf16=False, num_train_epochs=1)
+    meter, processor = Meter(case), load_processor(folder)
+    config = SFTConfig(**settings(case, folder / "trl"), gradient_checkpointing=is_default, max_length=None, num_train_epochs=1)
     trainer = Ordered(model=load_model(case, folder), args=config, train_dataset=dataset, processing_class=processor, callbacks=[meter])
     meter.watch(trainer.model)
     trainer.train()
@@ -320,7 +357,7 @@ def hugging_face(case: Case, folder: Path) -> dict[str, Any]:
     """`Trainer` with a collator as its documentation suggests: the processor pads, prompts are masked. Frozen tower, no checkpointing."""
     from transformers import Trainer, TrainingArguments
 
-    rows, processor = json.loads((folder / "rows.json").read_text()), load_processor(folder)
+    rows, processor = rows_of(case, folder), load_processor(folder)
 
     def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
         question, answer = (turn["value"] for turn in row["conversations"])
@@ -343,7 +380,7 @@ def hugging_face(case: Case, folder: Path) -> dict[str, Any]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    meter, model = Meter(), load_model(case, folder)
+    meter, model = Meter(case), load_model(case, folder)
     args = TrainingArguments(**settings(case, folder / "hugging_face"), remove_unused_columns=False, num_train_epochs=1)
     trainer = Ordered(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[meter])  # type: ignore[arg-type]
     meter.watch(model)
@@ -360,6 +397,12 @@ RUN: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
 
 
 # --- the table ---
+
+
+def case_of(text: str) -> Case:
+    """A case as JSON."""
+    values = json.loads(text)
+    return Case(**values | {"images": None if values["images"] is None else tuple(values["images"])})
 
 
 def run_case(name: str, folder: Path, log: Path) -> list[str]:
@@ -411,7 +454,7 @@ def main() -> None:
         variant, name, folder = options.measure
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
-        case = CASES[name]
+        case = CASES[name] if name in CASES else case_of(name)
         print(json.dumps(RUN[variant](case, Path(folder))))
         return
     import trl as trl_package

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from interlace.model import head
-from interlace.model.head import RowHead
+from interlace.model.head import RowHead, RowScores
 
 VOCABULARY, WIDTH, ROWS = 50, 8, 23
 
@@ -30,7 +30,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 @pytest.mark.parametrize("learns", [False, True])
 def test_scores_and_gradients_equal_full_logits(tile: int, bias: bool, learns: bool) -> None:
     hidden, layer, targets = draw(bias, learns)
-    scores = RowHead()(hidden, layer, targets)
+    scores = RowScores(*RowHead()(hidden, layer, targets))
     logits = F.linear(hidden, layer.weight, layer.bias)
     expected = logits.log_softmax(1)[torch.arange(ROWS), targets]
     torch.testing.assert_close(scores.log_probs, expected, rtol=1e-12, atol=1e-12)
@@ -43,7 +43,7 @@ def test_scores_and_gradients_equal_full_logits(tile: int, bias: bool, learns: b
 def test_a_layer_that_learns_under_frozen_rows(tile: int) -> None:
     hidden, layer, targets = draw(True, True)
     hidden = hidden.detach()
-    RowHead()(hidden, layer, targets).log_probs.sum().backward()
+    RowHead()(hidden, layer, targets)[0].sum().backward()
     expected = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)
     expected.load_state_dict(layer.state_dict())
     expected(hidden).log_softmax(1)[torch.arange(ROWS), targets].sum().backward()
@@ -55,7 +55,7 @@ def test_autocast_scores_as_a_plain_layer_does() -> None:
     """bfloat16 products of float32 weights, softmax in float32."""
     hidden, layer, targets = draw(False, True, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = RowHead()(hidden, layer, targets)
+        scores = RowScores(*RowHead()(hidden, layer, targets))
         expected = layer(hidden).float().log_softmax(1)[torch.arange(ROWS), targets]
     torch.testing.assert_close(scores.log_probs, expected)
     found, other = (torch.autograd.grad(values.sum(), [hidden, layer.weight]) for values in (scores.log_probs, expected))
@@ -85,7 +85,7 @@ def test_products_that_are_run(monkeypatch: pytest.MonkeyPatch, rows_per_tile: i
     monkeypatch.setattr(head, "TILE_LOGITS", rows_per_tile * VOCABULARY)
     hidden, layer, targets = draw(False, learns, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        RowHead()(hidden, layer, targets).log_probs.sum().backward()
+        RowHead()(hidden, layer, targets)[0].sum().backward()
     assert counter.get_total_flops() == products * 2 * ROWS * WIDTH * VOCABULARY
 
 

@@ -144,12 +144,12 @@ def _tower_cost(tower: nn.Module, config: PretrainedConfig, checkpointing: bool)
     unused = unused_vision_parameters(config, tower)
     learns = any(parameter.requires_grad for name, parameter in tower.named_parameters() if "embeddings" in name.split("."))
     for number, layer in enumerate(_layers(tower)):
-        behind = any(f"layers.{number}.mlp.fc1." in name for name in unused)  # runs, but no gradient comes back through it
-        attention_learns = not behind and (learns or any(parameter.requires_grad for parameter in layer.self_attn.parameters()))
-        cost, layer_learns = _sum(_linears(layer, learns), recomputed=checkpointing and not behind)
-        total += (Cost(cost.forward) if behind else cost).times(tokens)
+        if any(f"layers.{number}.mlp.fc1." in name for name in unused):  # behind the selected layer: not run
+            break
+        attention_learns = learns or any(parameter.requires_grad for parameter in layer.self_attn.parameters())
+        cost, learns = _sum(_linears(layer, learns), recomputed=checkpointing)
+        total += cost.times(tokens)
         total += _attention(vision.hidden_size, attention_learns, checkpointing).times(tokens**2)
-        learns = learns if behind else layer_learns
     return total, learns
 
 

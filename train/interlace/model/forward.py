@@ -142,8 +142,7 @@ class PackedModel(nn.Module):
         language_model = getattr(self.model.model, self.family.language_model)
         forest = Forest(segments, embeddings.device)
         hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest).last_hidden_state
-        scores: RowScores = self.head(hidden[0, rows], self.model.get_output_embeddings(), targets)
-        return scores
+        return RowScores(*self.head(hidden[0, rows], self.model.get_output_embeddings(), targets))
 
     def _image_rows(
         self, image_features: torch.Tensor, image_index: torch.Tensor, num_rows: int, image_sizes: Sequence[tuple[int, int]], image_tokens: Sequence[int]

@@ -24,11 +24,13 @@ class RowHead(nn.Module):
     A module of its own, so that engines that share weights out gather the layer's weight once for all tiles, however many they are on this rank.
     """
 
-    def forward(self, hidden: torch.Tensor, layer: nn.Linear, targets: torch.Tensor) -> RowScores:
-        """Args:
-        hidden: (N, width).
-        layer: (vocabulary, width) weight, with or without a bias.
-        targets: (N,).
+    def forward(self, hidden: torch.Tensor, layer: nn.Linear, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fields of `RowScores`, as a plain tuple: engines look for tensors in what a module returns, to have its weights there for the backward pass.
+
+        Args:
+            hidden: (N, width).
+            layer: (vocabulary, width) weight, with or without a bias.
+            targets: (N,).
         """
         weight: torch.Tensor = layer.weight
         bias: torch.Tensor | None = layer.bias
@@ -37,7 +39,7 @@ class RowHead(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         log_probs, is_top1 = TiledScores.apply(hidden.to(weight.dtype), weight, bias, targets, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-        return RowScores(log_probs, is_top1)
+        return log_probs, is_top1
 
 
 class TiledScores(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from interlace.arguments import list_value
+from interlace.errors import InputError
 from interlace.model.tuning import Lora, TunedModel, tune
 
 
@@ -60,6 +62,8 @@ def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
     """The adapter's settings: from the keys, or from the adapter that is continued."""
     if not (arguments["lora"] and arguments["lora_path"]):
         return new_adapter(arguments)
+    if not (Path(arguments["lora_path"]) / "adapter_config.json").is_file():
+        raise InputError(f"lora_path: {arguments['lora_path']}: no adapter_config.json in this folder")
     saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
     targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
     return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
