@@ -115,7 +115,6 @@ def wanted_budget(lengths: np.ndarray, prefixes: Prefixes | None, rows_per_batch
     return max(max(sizes), round(rows_per_batch * sum(sizes) / len(lengths)))
 
 
-def tokens_of(plan: Plan) -> tuple[int, int]:
-    """Tokens that the language model sees in the first epoch, and what they would be if nothing were shared."""
-    batches = [batch for step in plan.steps(0) for batch in step]
-    return sum(map(plan.num_tokens, batches)), sum(plan.lengths[max(row, ~row)] for batch in batches for row in batch)
+def tokens_of(plan: Plan) -> int:
+    """Tokens that the language model sees in the first epoch, what rows share counted once."""
+    return sum(plan.num_tokens(batch) for step in plan.steps(0) for batch in step)

@@ -275,7 +275,8 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
     totals = ("total", *(f"{sum(row[i] for row in tuned.part_table()):,}" for i in (1, 2)))  # type: ignore[misc]
     print_table("parameters", [("part", "total", "trainable"), *rows, totals])
     assert isinstance(train.rows, Rows)
-    plan, (tokens, alone) = train.plan, tokens_of(train.plan)
+    plan, alone = train.plan, float((train.rows.lengths * train.rows.copies).sum())
+    tokens = alone if plan.prefixes is None else tokens_of(plan)
     say("\ntraining: " + "\n          ".join(describe_formats(train.rows.stores)))
     say(f"          {ledger.summary()}")
     say(
