@@ -179,6 +179,16 @@ def test_a_run_that_shares_learns_what_one_that_does_not_learns(make_arguments: 
     assert losses(shared["output_dir"]) == pytest.approx(losses(plain["output_dir"]), rel=1e-5)
 
 
+def test_it_is_said_what_is_shared_and_that_nothing_is(make_arguments: Make, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(awkward_rows(tmp_path)))
+    finetune(make_arguments(path, share_prefix=True, max_steps=1))
+    assert "shared prefixes: " in capsys.readouterr().out
+    path.write_text(json.dumps(awkward_rows(tmp_path)[2:7:2]))
+    finetune(make_arguments(path, share_prefix=True, max_steps=1, output_dir=str(tmp_path / "alone")))
+    assert "share_prefix: no two rows begin with the same images and text" in capsys.readouterr().out
+
+
 def test_a_budget_below_the_longest_row_is_refused_with_the_row(make_arguments: Make, rows_file: Path) -> None:
     with pytest.raises(InputError, match=r"max_tokens_per_batch: 20 is less than .*rows\.json: row \d+ with \d+ tokens; set it to \d+ at least"):
         finetune(make_arguments(rows_file, max_tokens_per_batch=20))

@@ -89,7 +89,7 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     tuned = load_tuned_model(path, arguments, args)
     if checkpoint is not None:
         load_weights(tuned, checkpoint.folder)
-    describe(tuned, train, ledger, args)
+    describe(tuned, train, ledger, args, arguments["share_prefix"])
     rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
     about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation, "steps_per_epoch": train.plan.steps_per_epoch}
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
@@ -267,7 +267,7 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     return tuned
 
 
-def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments) -> None:
+def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments, shares: bool) -> None:
     """Says what will be trained, on what, in how many steps."""
     if args.process_index:
         return
@@ -283,8 +283,10 @@ def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: Traini
         f"plan: {plan.steps_per_epoch:,} steps per epoch with {plan.rows_per_epoch / plan.steps_per_epoch:.1f} rows each, "
         f"in {plan.world_size * plan.accumulation} micro-batches of at most {plan.budget:,} tokens ({tokens / plan.batches_per_epoch / plan.budget:.0%} used)"
     )
-    if plan.prefixes is not None:
-        say(f"      shared prefixes: {tokens:,} tokens per epoch instead of {alone:,} ({alone / tokens:.1f}x fewer)")
+    if shares and plan.prefixes is None:
+        say("      share_prefix: no two rows begin with the same images and text, so that nothing is shared")
+    elif plan.prefixes is not None:
+        say(f"      shared prefixes: {tokens:,} tokens per epoch instead of {alone:,.0f} ({alone / tokens:.1f}x fewer)")
     say("")
 
 
