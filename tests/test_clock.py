@@ -18,6 +18,9 @@ from tests.test_training import history
 Make = Callable[..., dict[str, Any]]
 
 
+KNOWN = {"NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L40S": 362}
+
+
 class Ticks:
     """A clock that goes on by a given time whenever it is asked."""
 
@@ -101,7 +104,17 @@ def test_flops_and_mfu_are_those_the_model_requires(make_arguments: Make, rows_f
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
-    [("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("cpu", None)],
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("cpu", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX 4090 Laptop GPU", None),
+        ("NVIDIA T400", None),
+    ],
 )
 def test_peaks_of_known_devices(name: str, tflops: float | None) -> None:
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from interlace.model.attention_kernels import choose, problem
+from interlace.model.attention import Forest, sdpa_segments
+from interlace.model.attention_kernels import BACKENDS, TRIAL, choose, problem
 from interlace.training.supervised import finetune
 from tests.test_training import losses
 
@@ -22,14 +23,25 @@ def test_attention_kernels_equal_the_dense_mask(backend: str, heads: int, groups
         assert problem(backend, torch.device("cuda"), dtype, heads, groups, size) is None
 
 
+def test_rotated_queries_in_float32_go_through_every_kernel() -> None:
+    """As full tuning under autocast hands them over: queries and keys in float32, values in 16 bits."""
+    forest = Forest(TRIAL, torch.device("cuda"))
+    q, k, v = (torch.randn(1, 4, TRIAL[-1].end, 64, device="cuda", requires_grad=True) for _ in range(3))
+    for name in ("varlen", "flex"):
+        out, _ = BACKENDS[name]()(torch.nn.Identity(), q, k, v.bfloat16(), None, segments=forest)
+        expected, _ = sdpa_segments(torch.nn.Identity(), q, k, v, None, segments=forest)
+        assert (out.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_auto_finds_a_kernel() -> None:
     assert choose("auto", torch.device("cuda"), torch.bfloat16, 16, 16, 64) != "sdpa"
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
-def test_training_on_the_gpu_follows_the_cpu(make_arguments: Callable[..., dict[str, Any]], rows_file: Path, precision: dict[str, bool]) -> None:
-    cpu = make_arguments(rows_file, lora=True, max_steps=6)
+def test_training_on_the_gpu_follows_the_cpu(make_arguments: Callable[..., dict[str, Any]], rows_file: Path, precision: dict[str, bool], lora: bool) -> None:
+    cpu = make_arguments(rows_file, lora=lora, max_steps=6)
     finetune(cpu)
-    gpu = make_arguments(rows_file, lora=True, max_steps=6, use_cpu=False, output_dir=cpu["output_dir"] + "_gpu", **precision)
+    gpu = make_arguments(rows_file, lora=lora, max_steps=6, use_cpu=False, output_dir=cpu["output_dir"] + "_gpu", **precision)
     finetune(gpu)
     assert losses(gpu["output_dir"]) == pytest.approx(losses(cpu["output_dir"]), rel=5e-2 if precision else 1e-3)

@@ -313,7 +313,8 @@ def test_offloaded_state_goes_on_exactly(make_case: MakeCase, folder: Path, wher
 def test_an_adapter_on_a_quantised_base_learns_alike_under_every_engine_that_takes_one(make_case: MakeCase, folder: Path, bits: str) -> None:
     """QLoRA; the state goes on exactly. Stage 3 and FSDP2 refuse quantised weights."""
     pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
-    changes, cases, wholes, same = VARIANTS["lora"] | {bits: True}, [], [], []
+    # at a rate of 0.01 the sixth loss of this model is forty times as far off by rounding as the fifth, under any engine: no test of engines any more
+    changes, cases, wholes, same = VARIANTS["lora"] | {bits: True, "learning_rate": 0.003}, [], [], []
     for engine in ("ddp", "zero1", "zero2"):
         state = str(folder / f"{bits} {engine}")
         cases.append(make_case(f"{bits} {engine} mixes", engine, MIXES, changes))

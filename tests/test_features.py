@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from interlace.data.batch import Collator, NumberedRows
 from interlace.errors import InputError
+from interlace.model import features
 from interlace.model.features import FeatureCache, FeatureStore, make_room, tower_hash
 from interlace.model.forward import FrozenTower, model_inputs
 from interlace.model.loading import load_model, load_processing
@@ -126,6 +127,7 @@ def test_it_never_grows_beyond_its_cap(run: Any, tmp_path: Path, capsys: pytest.
 
 def test_older_towers_make_room(tmp_path: Path) -> None:
     for time, name in enumerate(("old", "newer", "mine")):
+        (tmp_path / name).mkdir()
         FeatureStore(tmp_path / name).write("ab", torch.zeros(1, 10, 10), (1, 1))
         os.utime(tmp_path / name, (time, time))
     used = (tmp_path / "old" / "ab" / "ab.safetensors").stat().st_size
@@ -140,13 +142,42 @@ def test_what_a_killed_run_left_in_memory_is_removed_by_the_next(run: Any, memor
     assert not list(memory.iterdir())
 
 
-def test_too_much_that_waits_is_left_out_and_the_next_epoch_makes_it(tmp_path: Path) -> None:
+def test_too_much_that_waits_is_left_out_and_the_next_epoch_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_WAITING_BYTES", 10 * 16)
     cache = FeatureCache(FeatureStore(tmp_path), 1 << 20, print)
-    keys, features = [f"{i:04}" for i in range(600)], torch.zeros(1, 2, 2)
-    cache.keep(keys, [features] * 600, [(1, 1)] * 600)
+    keys, tensor = [f"{i:04}" for i in range(600)], torch.zeros(1, 2, 2)
+    cache.keep(keys, [tensor] * 600, [(1, 1)] * 600)
     cache.flush()
     kept = sum(cache.store.find(key) is not None for key in keys)
-    assert kept == 600 - cache.num_dropped >= 256
+    assert kept == 600 - cache.num_dropped >= 10
+    cache.keep(["last"], [tensor], [(1, 1)])
+    cache.flush()
+    assert cache.store.find("last") is not None
+
+
+def test_a_device_that_fails_ends_the_writing_and_not_the_run(tmp_path: Path) -> None:
+    class Broken:
+        nbytes = 16
+
+        def detach(self) -> "Broken":
+            return self
+
+        def to(self, device: str) -> torch.Tensor:
+            raise RuntimeError("CUDA error")
+
+    said: list[str] = []
+    cache = FeatureCache(FeatureStore(tmp_path), 1 << 20, said.append)
+    cache.keep(["a", "b"], [Broken(), Broken()], [(1, 1)] * 2)  # type: ignore[list-item]
+    cache.flush()
+    assert said == ["warning: the feature cache cannot be written: CUDA error; training goes on without what it lacks"]
+
+
+def test_files_are_for_all_and_what_may_not_be_read_is_left_alone(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path)
+    store.write("ab", torch.zeros(1, 2, 2), (1, 1))
+    assert store.path("ab").stat().st_mode & 0o777 == 0o644
+    store.path("cd").mkdir(parents=True)  # as unreadable as a file of somebody else's
+    assert store.find("cd") is None and store.path("cd").exists()
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
@@ -157,6 +188,7 @@ def test_images_that_are_cut_into_tiles_come_back_whole(tmp_path: Path, family: 
     rows, processing = read_rows(tmp_path, model_dir, awkward_rows(tmp_path)), load_processing(str(model_dir))
     tuned = tune(load_model(str(model_dir), torch.float32), ["projector", "language_model"], None, None)
     assert tuned.tower is not None
+    (tmp_path / "features").mkdir()
     store = FeatureStore(tmp_path / "features")
     tuned.tower.cache = FeatureCache(store, 1 << 30, print)
     collate = Collator(processing.process_images, processing.config.image_token_id, features=store)

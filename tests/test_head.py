@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +50,16 @@ def test_a_layer_that_learns_under_frozen_rows(tile: int) -> None:
     expected(hidden).log_softmax(1)[torch.arange(ROWS), targets].sum().backward()
     torch.testing.assert_close(layer.weight.grad, expected.weight.grad)
     torch.testing.assert_close(layer.bias.grad, expected.bias.grad)
+
+
+def test_an_adapter_on_the_layer_counts() -> None:
+    hidden, layer, targets = draw(False, False)
+    adapted = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).base_model.model[0]
+    scores = RowScores(*RowHead()(hidden, adapted, targets))
+    expected = adapted(hidden).log_softmax(1)[torch.arange(ROWS), targets]
+    torch.testing.assert_close(scores.log_probs, expected)
+    scores.log_probs.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
 def test_autocast_scores_as_a_plain_layer_does() -> None:

@@ -50,6 +50,14 @@ def test_weights_and_small_tensors_stay_where_they_are() -> None:
         assert context.num_bytes == sent
 
 
+def test_copies_of_weights_that_autocast_makes_stay_too() -> None:
+    layer, inputs = nn.Linear(64, 32), torch.randn(8, 64, requires_grad=True)
+    context = OffloadedActivations(CPU, 1, layer.parameters())
+    with context, torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(inputs).sum().backward()
+    assert context.num_bytes == inputs.nbytes // 2  # the inputs in 16 bits
+
+
 def test_a_run_with_offloaded_activations_has_the_same_losses(make_arguments: Make, rows_file: Path) -> None:
     plain = make_arguments(rows_file, lora=True)
     finetune(plain)

@@ -85,6 +85,7 @@ def test_halves_of_features_some_of_which_were_known(tiny_dir: Path, tmp_path: P
     rows, processing = read_rows(tmp_path, tiny_dir, awkward_rows(tmp_path)), load_processing(str(tiny_dir))
     tuned = tuned_model(tiny_dir)
     assert tuned.tower is not None
+    (tmp_path / "features").mkdir()
     store = FeatureStore(tmp_path / "features")
     tuned.tower.cache = FeatureCache(store, 1 << 30, print)
     collate = Collator(processing.process_images, processing.config.image_token_id, features=store)

@@ -213,6 +213,7 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         ((a["load_in_4bit"] or a["load_in_8bit"]) and not a["lora"], "load_in_4bit and load_in_8bit need lora: quantised weights do not train"),
         (not a["lora"] and a["lora_path"], "lora_path needs lora: true"),
         (not a["lora"] and a["lora_dtype"] != "float32", "lora_dtype needs lora: true"),
+        (a["lora_dtype"] != "float32" and (a["deepspeed"] or a["fsdp"]), "lora_dtype: DeepSpeed and FSDP2 keep what learns in float32; leave it out"),
         (not a["lora"] and (a["use_dora"] or a["use_rslora"]), "use_dora and use_rslora need lora: true"),
         (a["eval_strategy"] != "no" and not evaluates, "eval_strategy needs dataset.eval"),
         (a["eval_on_start"] and not evaluates, "eval_on_start needs dataset.eval"),

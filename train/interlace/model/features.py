@@ -10,8 +10,10 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from torch import nn
 from interlace.data.places import open_bytes
 from interlace.data.sample import Place
 
-_WAITING = 256  # images whose features may wait for the disk
+_WAITING_BYTES = 512 << 20  # of features that may wait for the disk
+_ABANDONED_SECONDS = 3600  # after which a file that is still being written is not any more
 
 
 def tower_hash(tower: nn.Module, settings: str) -> str:
@@ -68,11 +71,12 @@ class FeatureStore:
                 features, about = file.get_tensor("features"), file.metadata()
             if int(about["crc32"]) == _checksum(features):
                 return features, (int(about["height"]), int(about["width"]))
-        except FileNotFoundError:
+        except OSError:  # not there, or not ours to read
             return None
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (SafetensorError, KeyError, ValueError):
             pass
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
 
     def write(self, key: str, features: torch.Tensor, size: tuple[int, int]) -> int:
@@ -82,12 +86,13 @@ class FeatureStore:
             OSError: the disk refuses.
         """
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # the folder above is there, or has been given back
         about = {"height": str(size[0]), "width": str(size[1]), "crc32": str(_checksum(features))}
         descriptor, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
         os.close(descriptor)
         try:
             save_file({"features": features.contiguous()}, scratch, about)
+            Path(scratch).chmod(0o644)
             Path(scratch).replace(path)
         except SafetensorError as error:  # what a full disk becomes in there
             raise OSError(str(error)) from error
@@ -112,7 +117,8 @@ class FeatureCache:
     def __init__(self, store: FeatureStore, most_bytes: int, say: Callable[[str], None]):
         self.store, self.room, self.say = store, most_bytes, say
         self.num_dropped = 0  # for lack of time; they are made again
-        self._waiting: queue.Queue[tuple[str, torch.Tensor, tuple[int, int]]] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[tuple[str, torch.Tensor, tuple[int, int]]] = queue.Queue()
+        self._waiting_bytes = 0
         self._is_open = True
         threading.Thread(target=self._write_all, name="feature cache", daemon=True).start()
 
@@ -121,9 +127,10 @@ class FeatureCache:
         for key, tensor, size in zip(keys, features, sizes, strict=True):
             if not self._is_open:
                 return
-            if self._waiting.full():
+            if self._waiting_bytes + tensor.nbytes > _WAITING_BYTES:
                 self.num_dropped += 1
             else:
+                self._waiting_bytes += tensor.nbytes
                 self._waiting.put((key, tensor.detach(), size))
 
     def flush(self) -> None:
@@ -136,7 +143,11 @@ class FeatureCache:
             try:
                 if self._is_open and not self.store.path(key).exists():
                     self._write(key, features.to("cpu"), size)
+            except (OSError, RuntimeError) as error:  # the disk, or the device
+                self._is_open = False
+                self.say(f"warning: the feature cache cannot be written: {error}; training goes on without what it lacks")
             finally:
+                self._waiting_bytes -= features.nbytes
                 self._waiting.task_done()
 
     def _write(self, key: str, features: torch.Tensor, size: tuple[int, int]) -> None:
@@ -144,11 +155,7 @@ class FeatureCache:
             self._is_open = False
             self.say("the feature cache is full (feature_cache_gib): features of further images are made whenever they are needed")
             return
-        try:
-            self.room -= self.store.write(key, features, size)
-        except OSError as error:
-            self._is_open = False
-            self.say(f"warning: the feature cache cannot be written: {error}; training goes on without what it lacks")
+        self.room -= self.store.write(key, features, size)
 
 
 def used_bytes(folder: Path) -> int:
@@ -158,6 +165,9 @@ def used_bytes(folder: Path) -> int:
 
 def make_room(folder: Path, most_bytes: int) -> int:
     """Removes the caches of other towers beside `folder`, the oldest first, until they fit `most_bytes` together with it; bytes that are left for it."""
+    for scratch in folder.parent.rglob(".writing-*"):  # of runs that were killed
+        if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+            scratch.unlink(missing_ok=True)
     others = sorted((path for path in folder.parent.iterdir() if path.is_dir() and path != folder), key=lambda path: path.stat().st_mtime)
     used = {path: used_bytes(path) for path in (folder, *others)}
     while others and sum(used.values()) >= most_bytes:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 TILE_LOGITS = 1 << 28  # logits at a time: 1 GiB in float32, about 1,800 rows of Qwen's vocabulary
@@ -32,6 +33,10 @@ class RowHead(nn.Module):
             layer: (vocabulary, width) weight, with or without a bias.
             targets: (N,).
         """
+        if isinstance(layer, BaseTunerLayer):  # with an adapter on it the weight is not all of it
+            logits = layer(hidden)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
         weight: torch.Tensor = layer.weight
         bias: torch.Tensor | None = layer.bias
         device = hidden.device.type

@@ -30,8 +30,11 @@ def attach_feature_cache(
         InputError: the tower learns, or the folder cannot be made.
     """
     kind, tower, most_bytes = arguments["feature_cache"], tuned.tower, int(arguments["feature_cache_gib"] * 2**30)
+    if kind in ("auto", "memory"):
+        _clear_abandoned()
+        most_bytes = min(ranks.gather(_memory_room(most_bytes)))
     if kind == "auto":
-        reason = why_not(tuned, rows, epochs, most_bytes)
+        reason = next((found for found in ranks.gather(why_not(tuned, rows, epochs, most_bytes)) if found), None)
         say("feature cache: on, in memory" if reason is None else f"feature cache: off: {reason}")
         kind = "off" if reason else "memory"
     if kind == "off":
@@ -41,14 +44,12 @@ def attach_feature_cache(
     settings = f"{processing.image_processor.to_json_string()} {processing.image_settings} {tuned.base.config.vision_feature_layer}"
     settings += f" {tuned.base.config.vision_feature_select_strategy} {processing.config.model_type}"
     name = tower_hash(tower.module, settings)
-    try:
-        folder = _in_memory(ranks, name) if kind == "memory" else _on_disk(arguments, name)
-        ranks.on_main(lambda: None)  # all folders are there
-        share = ranks.gather(platform.node()).count(platform.node()) if kind == "memory" else ranks.world_size
-        room = make_room(folder, most_bytes) if kind == "disk" and ranks.is_main else most_bytes
-    except OSError as error:
-        raise InputError(f"feature_cache: {kind}: {error.filename}: {error.strerror}; choose another cache_dir, or feature_cache: off") from error
-    room = int(ranks.gather(room)[0])
+    if kind == "memory":
+        folder, room = _in_memory(ranks, name), most_bytes
+        share = ranks.gather(platform.node()).count(platform.node())
+    else:
+        folder, room = ranks.on_main(lambda: _on_disk(arguments, name, most_bytes))
+        share = ranks.world_size
     tower.cache = FeatureCache(FeatureStore(folder), room // share, say)
 
 
@@ -61,19 +62,27 @@ def why_not(tuned: TunedModel, rows: Rows, epochs: float, most_bytes: int) -> st
     images = rows.num_distinct_images()
     if not images:
         return "no row has an image"
-    needed = images * tuned.tower.feature_bytes
-    room = min(most_bytes, psutil.virtual_memory().available // 2, shutil.disk_usage(_memory_folder()).free)
-    if needed > room:
-        gib = 2**30
-        return f"{images:,} images would need {needed / gib:,.1f} GiB, and {room / gib:,.1f} GiB may be used; feature_cache: disk may still pay"
+    tiles = images * max(1, int(rows.lengths.sum() // max(1, rows.num_images.sum()) // tuned.tower.family.tokens_per_image(tuned.base.config)))
+    needed, gib = tiles * tuned.tower.feature_bytes, 2**30
+    if needed > most_bytes:
+        return f"{images:,} images would need {needed / gib:,.1f} GiB, and {most_bytes / gib:,.1f} GiB may be used; feature_cache: disk may still pay"
     return None
 
 
-def _on_disk(arguments: Arguments, name: str) -> Path:
+def _memory_room(most_bytes: int) -> int:
+    """Bytes of this host's memory that the cache may take: half of what is free, since the processes that read data send it through the same place."""
+    return min(most_bytes, psutil.virtual_memory().available // 2, shutil.disk_usage(_memory_folder()).free // 2)
+
+
+def _on_disk(arguments: Arguments, name: str, most_bytes: int) -> tuple[Path, int]:
+    """The folder of a tower, and the bytes that may still be written there."""
     folder = (Path(arguments["cache_dir"]) if arguments["cache_dir"] else default_cache_dir()) / "features" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.touch()  # used now: `make_room` begins with those that have not been for longest
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.touch()  # used now: `make_room` begins with those that have not been for longest
+        return folder, make_room(folder, most_bytes)
+    except OSError as error:
+        raise InputError(f"feature_cache: disk: {error.filename}: {error.strerror}; choose another cache_dir, or feature_cache: off") from error
 
 
 def _memory_folder() -> Path:
@@ -84,7 +93,6 @@ def _memory_folder() -> Path:
 
 def _in_memory(ranks: Ranks, name: str) -> Path:
     """This host's folder, made by the first of its ranks and removed at its end; what killed runs have left is removed now."""
-    _clear_abandoned()
     hosts = ranks.gather(platform.node())
     first = hosts.index(platform.node()) == ranks.rank
     mine = _memory_folder() / f"{_PREFIX}{os.getpid()}" / name

@@ -1,5 +1,6 @@
 """Where the time of a step goes, and how much of the device's arithmetic is put to use."""
 
+import re
 import time
 from itertools import pairwise
 from typing import Any
@@ -42,10 +43,13 @@ PEAK_TFLOPS = {
 }
 
 
+_MOST_MARKS = 10_000  # before they are added up: a run that never logs keeps no more
+
+
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a device's dense 16-bit matrix products, None if it is not in the table."""
-    longest = sorted((name for name in PEAK_TFLOPS if name in device_name), key=len, reverse=True)
-    return PEAK_TFLOPS[longest[0]] * 1e12 if longest else None
+    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{re.escape(name)}\b", device_name)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found and "Laptop" not in device_name else None
 
 
 class StepClock:
@@ -58,6 +62,7 @@ class StepClock:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self.start()
 
     def _now(self) -> Any:
@@ -70,18 +75,25 @@ class StepClock:
     def start(self) -> None:
         """Forgets what was measured: time runs from here."""
         self._marks = [("", self._now())]
+        self._seconds = dict.fromkeys(PHASES, 0.0)
 
     def mark(self, phase: str) -> None:
         """The phase that ends here; "" for time that is to count nowhere."""
         self._marks.append((phase, self._now()))
+        if len(self._marks) > _MOST_MARKS:
+            self._add_up()
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last time, and forgets them."""
-        seconds, last = dict.fromkeys(PHASES, 0.0), self._marks[-1][1]
+        self._add_up()
+        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return seconds
+
+    def _add_up(self) -> None:
+        last = self._marks[-1][1]
         if self._on_gpu:
             last.synchronize()
         for (_, before), (phase, now) in pairwise(self._marks):
             if phase:
-                seconds[phase] += before.elapsed_time(now) / 1000 if self._on_gpu else now - before
+                self._seconds[phase] += before.elapsed_time(now) / 1000 if self._on_gpu else now - before
         self._marks = [("", last)]
-        return seconds

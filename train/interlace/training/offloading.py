@@ -1,5 +1,6 @@
 """Activations that wait in the host's memory until the backward pass wants them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ class OffloadedActivations(saved_tensors_hooks):
     Args:
         device: what is on another one stays where it is.
         least_bytes: smaller tensors stay.
+        weights: under autocast, copies of them in 16 bits are saved: what has the shape of one of these stays, too.
     """
 
-    def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES):
+    def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES, weights: Iterable[torch.Tensor] = ()):
         self.num_bytes = 0  # that were sent away
+        shapes = {shape for weight in weights for shape in (tuple(weight.shape), tuple(weight.shape[::-1]))}
 
         def pack(tensor: torch.Tensor) -> Any:
-            is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+            is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tuple(tensor.shape) in shapes
             if is_weight or tensor.device.type != device.type or tensor.nbytes < least_bytes:
                 return tensor
             self.num_bytes += tensor.nbytes

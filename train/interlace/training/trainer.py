@@ -198,6 +198,8 @@ class PackedTrainer(DurableTrainer):
             )
         self._too_many_tokens = inputs.num_tokens
         model.zero_grad()
+        if self.tuned.tower is not None and self.tuned.tower.cache is not None:
+            self.tuned.tower.cache.flush()  # features that wait there are on the device
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
         for batch in self._done:
@@ -213,7 +215,7 @@ class PackedTrainer(DurableTrainer):
         self.clock.mark("data")  # to the device
         values = model_inputs(inputs, self.tuned.tower)
         self.clock.mark("vision")
-        with OffloadedActivations(self.args.device) if self._offloads else nullcontext():
+        with OffloadedActivations(self.args.device, weights=self.tuned.packed.parameters()) if self._offloads else nullcontext():
             scores: RowScores = model(**values)
         self.clock.mark("forward")
         loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
