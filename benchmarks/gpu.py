@@ -114,7 +114,7 @@ def measure(variant: str, case: Case, folder: Path, log: Path) -> dict[str, Any]
     words = [sys.executable, str(Path(__file__).with_name("training.py")), "--measure", variant, json.dumps(dataclasses.asdict(case)), str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     with log.open("a") as file:
-        file.write(f"### {variant} {case}\n{done.stdout}\n{done.stderr[-3000:] if done.returncode else ''}\n")
+        file.write(f"### {variant} {case}\n{done.stdout}\n{done.stderr[-3000:] if done.returncode else ''}\n".replace(str(folder), "FOLDER"))
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

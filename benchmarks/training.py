@@ -412,7 +412,7 @@ def run_case(name: str, folder: Path, log: Path) -> list[str]:
     for variant in VARIANTS:
         done = subprocess.run([sys.executable, __file__, "--measure", variant, name, str(folder)], capture_output=True, text=True, check=False)
         with log.open("a") as file:
-            file.write(f"### {name} {variant}\n{done.stdout}\n{done.stderr if done.returncode else ''}\n")
+            file.write(f"### {name} {variant}\n{done.stdout}\n{done.stderr if done.returncode else ''}\n".replace(str(folder), "FOLDER"))
         if done.returncode:
             print(f"{name}: {variant} failed, see {log}: {done.stderr.strip().splitlines()[-1]}")
             continue
