@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from mini import make_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, Qwen2Config, SiglipVisionConfig
 from transformers.initialization import no_init_weights
 
@@ -89,6 +88,27 @@ def config_05b() -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=151_646, vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True
     )
+
+
+def make_model() -> LlavaForConditionalGeneration:
+    """A mini model whose vision : language cost per image resembles the 0.5B's; float32, random weights."""
+    vision = SiglipVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, image_size=224, patch_size=16, vision_use_head=False
+    )
+    text = Qwen2Config(
+        vocab_size=32_000,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=7, vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True
+    )
+    return LlavaForConditionalGeneration(config)
 
 
 def make(case: Case) -> PreTrainedModel:

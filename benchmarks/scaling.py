@@ -113,8 +113,8 @@ def balance_lines(rows: Rows, flops: list[list[float]], rows_per_batch: int, acc
         fillers = sum(all(row < 0 for row in batch) for batch in batches)
         cells = [f"{busy_share(dealt, tokens, accumulation):.1%}"]
         for costs in flops:
-            plan.costs = costs  # the same steps, dealt by other costs
-            cells += [f"{busy_share(dealt, costs, accumulation):.1%}", f"{busy_share(shares(plan), costs, accumulation):.1%}"]
+            aware = KeptPlan(rows.lengths, costs, budget, None, 1, 0, world, accumulation)  # steps made and dealt by FLOPs, as training does
+            cells += [f"{busy_share(dealt, costs, accumulation):.1%}", f"{busy_share(shares(aware), costs, accumulation):.1%}"]
         used = sum(rows.lengths) / (len(batches) * budget)
         lines.append(f"| {world} | {accumulation} | {plan.steps_per_epoch:,} | {used:.1%} | {fillers / len(batches):.2%} | {' | '.join(cells)} |")
     return lines
@@ -165,12 +165,13 @@ def main() -> None:
         f"`per_device_train_batch_size` {options.rows_per_batch}, so at most {budget:,} tokens per micro-batch. Packed and shared by the real plan, one epoch; "
         f"simulated in {time.perf_counter() - start:.0f} s.",
         "",
-        "Busy: mean over max of the ranks' work between two synchronisations, over the epoch; the rest is time spent waiting for the slowest rank. Work is "
-        "counted in tokens, which is what the plan balances today, and in FLOPs (full tuning, frozen tower); *dealt by FLOPs* hands the same plan each row's "
-        "FLOPs as its cost. With accumulation 1 it changes nothing: a step has one micro-batch for each rank, so only packing by FLOPs could even them out.",
+        "Busy: mean over max of the ranks' work between two synchronisations, over the epoch; the rest is time spent waiting for the slowest rank. "
+        "*Tokens*: the plan sorts and deals by tokens, and work is counted in tokens, or in FLOPs (full tuning, frozen tower). *FLOPs*: the plan "
+        "sorts and deals by the FLOPs "
+        "of each row, as training does.",
         "",
-        "| ranks | accumulation | steps per epoch | budget used | fillers | busy, in tokens | "
-        + " | ".join(f"{n}: busy | dealt by FLOPs" for n in full)
+        "| ranks | accumulation | steps per epoch | budget used | fillers | tokens: busy, in tokens | "
+        + " | ".join(f"{n}: tokens | FLOPs" for n in full)
         + " |",
         "|---|---|---|---|---|---|" + "---|" * 2 * len(full),
         *balance,

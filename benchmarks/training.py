@@ -26,7 +26,9 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
+from forecast import config_05b
 from peft import LoraConfig, PeftModel, get_peft_model
+from scaling import config_7b
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -50,10 +52,6 @@ MIXTURE = {1: 25, 2: 30, 3: 10, 4: 10, 5: 8, 6: 5, 8: 7, 10: 3, 16: 2}  # images
 MINI_VISION = {"hidden_size": 256, "intermediate_size": 956, "num_hidden_layers": 9, "num_attention_heads": 4}
 MINI_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 MINI_TEXT |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
-SMALL = {"vocab_size": 152_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
-LARGE = {"vocab_size": 152_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32}
-QWEN = {"0.5b": SMALL | {"num_key_value_heads": 16, "tie_word_embeddings": True}, "7b": LARGE | {"num_key_value_heads": 32, "tie_word_embeddings": False}}
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LEARNING_RATE = 1e-3
 VARIANTS = ("trl_default", "trl_tuned", "hugging_face", "interlace")
@@ -123,12 +121,13 @@ def make_folder(case: Case, folder: Path) -> None:
 
 def make_config(case: Case, tokenizer: Any) -> LlavaConfig:
     """Of the mini model, whose FLOP ratios are like the 0.5B's, or of LLaVA-NeXT-Interleave 0.5B and 7B."""
-    vision_size, text_size = (MINI_VISION, MINI_TEXT) if case.model == "mini" else (SIGLIP, QWEN[case.model])
-    vision = SiglipVisionConfig(**vision_size, image_size=case.side, patch_size=PATCH, vision_use_head=False)
-    text = Qwen2Config(**text_size, pad_token_id=tokenizer.pad_token_id)
-    image_token_id, ties = tokenizer.convert_tokens_to_ids("<image>"), text_size["tie_word_embeddings"]
-    fixed: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "tie_word_embeddings": ties}
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **fixed)
+    if case.model == "mini":
+        vision = SiglipVisionConfig(**MINI_VISION, image_size=case.side, patch_size=PATCH, vision_use_head=False)
+        config = LlavaConfig(vision_config=vision, text_config=Qwen2Config(**MINI_TEXT), vision_feature_layer=-1, vision_feature_select_strategy="full")
+    else:
+        config = {"0.5b": config_05b, "7b": config_7b}[case.model]()
+    config.image_token_id, config.text_config.pad_token_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
+    return config
 
 
 def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:

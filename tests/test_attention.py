@@ -10,8 +10,8 @@ import torch
 from interlace.data.batch import Segment
 from interlace.errors import InputError
 from interlace.model import attention_kernels
-from interlace.model.attention import AttentionFunction, Forest, Runs, dense_mask, sdpa_segments
-from interlace.model.attention_kernels import choose, flash_segments, flex_segments, problem, varlen_segments
+from interlace.model.attention import Backend, Forest, Runs, dense_mask, interface, sdpa_segments
+from interlace.model.attention_kernels import FlashKernel, choose, flash_segments, flex_segments, problem, varlen_segments
 
 FORESTS = {
     "roots": [Segment(0, 5), Segment(5, 10), Segment(10, 13), Segment(13, 18)],
@@ -22,7 +22,7 @@ FORESTS = {
 CPU = torch.device("cpu")
 
 
-class NaiveKernel:
+class NaiveKernel(FlashKernel):
     """Attention over packed sequences by plain products, its backward pass from a given output and log-sum-exp as flash attention computes it."""
 
     def scores(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:
@@ -70,7 +70,7 @@ def naive_flash_attn(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, m
     return torch.cat(pieces)
 
 
-FUNCTIONS: dict[str, AttentionFunction] = {
+FUNCTIONS: dict[str, Backend] = {
     "sdpa": sdpa_segments,
     "merged kernels": functools.partial(varlen_segments, kernel=NaiveKernel()),
     "copied keys": functools.partial(flash_segments, function=naive_flash_attn),
@@ -94,7 +94,7 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[Segm
 def test_backends_equal_the_naive_dense_mask(backend: str, name: str, heads: int, groups: int, size: int) -> None:
     segments = FORESTS[name]
     q, k, v = draw(heads, groups, segments[-1].end, size)
-    out, _ = FUNCTIONS[backend](torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Forest(segments, CPU))
+    out, _ = interface(FUNCTIONS[backend])(torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Forest(segments, CPU))
     expected = naive(q, k, v, segments, 0.3)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     direction = torch.randn_like(expected)
@@ -108,7 +108,7 @@ def test_flex_attention_equals_the_naive_dense_mask(name: str, groups: int) -> N
     """Forward: on CPUs it knows no backward pass."""
     segments = FORESTS[name]
     q, k, v = (tensor.detach().float() for tensor in draw(4, groups, segments[-1].end, 16))
-    out, _ = flex_segments(torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Forest(segments, CPU))
+    out = flex_segments(q, k, v, Forest(segments, CPU), 0.3)
     torch.testing.assert_close(out, naive(q, k, v, segments, 0.3), rtol=1e-5, atol=1e-5)
 
 
@@ -122,6 +122,19 @@ def test_keys_of_a_trunk_are_there_once_however_many_children_see_them() -> None
 def test_dense_mask_by_hand() -> None:
     mask = dense_mask([Segment(0, 2), Segment(2, 3, 0), Segment(3, 5, 0), Segment(5, 6)], 6).int().tolist()
     assert mask == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
+
+
+def test_queries_and_keys_take_the_type_of_the_values() -> None:
+    """As full tuning under autocast hands them over: kernels want one type."""
+    seen: list[torch.dtype] = []
+
+    def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.extend([query.dtype, key.dtype, value.dtype])
+        return query
+
+    q, k, v = (tensor.detach().float() for tensor in draw(4, 2, 5, 8))
+    interface(note)(torch.nn.Identity(), q, k, v.bfloat16(), None, segments=Forest([Segment(0, 5)], CPU))
+    assert seen == [torch.bfloat16] * 3
 
 
 # --- which one is used ---

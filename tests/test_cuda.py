@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from interlace.model.attention import Forest, sdpa_segments
+from interlace.model.attention import Forest, interface, sdpa_segments
 from interlace.model.attention_kernels import BACKENDS, TRIAL, choose, problem
 from interlace.training.supervised import finetune
 from tests.test_training import losses
@@ -28,8 +28,8 @@ def test_rotated_queries_in_float32_go_through_every_kernel() -> None:
     forest = Forest(TRIAL, torch.device("cuda"))
     q, k, v = (torch.randn(1, 4, TRIAL[-1].end, 64, device="cuda", requires_grad=True) for _ in range(3))
     for name in ("varlen", "flex"):
-        out, _ = BACKENDS[name]()(torch.nn.Identity(), q, k, v.bfloat16(), None, segments=forest)
-        expected, _ = sdpa_segments(torch.nn.Identity(), q, k, v, None, segments=forest)
+        out, _ = interface(BACKENDS[name]())(torch.nn.Identity(), q, k, v.bfloat16(), None, segments=forest)
+        expected = sdpa_segments(q, k, v, forest, 64**-0.5)
         assert (out.float() - expected).norm() <= 2e-2 * expected.norm()
 
 

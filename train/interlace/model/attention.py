@@ -1,6 +1,6 @@
 """Segment attention: a token attends to the earlier tokens of its own segment and to all tokens of its ancestors.
 
-One function per backend, all of the signature of transformers' attention interface; the `Forest` arrives as the keyword `segments` of the model's forward.
+One function per backend; `interface` gives it the signature of transformers' attention functions, where the `Forest` arrives as the keyword `segments`.
 `attention_kernels` holds those that need a GPU.
 """
 
@@ -18,8 +18,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 
 from interlace.data.batch import Segment
-
-AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
 
 def ancestors(segments: Sequence[Segment], number: int) -> list[int]:
@@ -120,28 +118,13 @@ class Forest:
         return Runs(places[0], places[1], ends[0], ends[1], max(sizes[0]), max(sizes[1]))
 
 
-def sdpa_segments(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    segments: Forest,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Scaled dot product attention per segment; root segments of equal length go in one call. Runs on any device, needs no (T, T) mask.
+# query (1, heads, T, head size); key, value (1, key-value heads, T, head size), all of one type; the forest over the T tokens; the scale of the scores;
+# the share of probabilities that is dropped -> (1, T, heads, head size)
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Forest, float, float], torch.Tensor]
 
-    Args:
-        query: (1, heads, T, head size); key, value: (1, key-value heads, T, head size).
-        attention_mask: must be None; the segments say it all.
 
-    Returns:
-        (1, T, heads, head size), and None for the attention weights.
-    """
-    assert attention_mask is None and query.shape[0] == 1
+def sdpa_segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Forest, scale: float, dropout: float = 0.0) -> torch.Tensor:
+    """Scaled dot product attention per segment; root segments of equal length go in one call. Runs on any device, needs no (T, T) mask. See `Backend`."""
     forest, grouped = segments.segments, query.shape[1] != key.shape[1]
     q, k, v = query[0], key[0], value[0]
     pieces: list[torch.Tensor | None] = [None] * len(forest)
@@ -155,7 +138,7 @@ def sdpa_segments(
         else:
             index = torch.cat([torch.arange(forest[n].start, forest[n].end, device=q.device) for n in numbers])
             chosen = [x.index_select(1, index).unflatten(1, (len(numbers), length)).transpose(0, 1) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(chosen[0], chosen[1], chosen[2], is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(chosen[0], chosen[1], chosen[2], is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=grouped)
         for number, piece in zip(numbers, out, strict=True):
             pieces[number] = piece
     for number, segment in enumerate(forest):
@@ -164,13 +147,36 @@ def sdpa_segments(
             keys, values = (torch.cat([x[:, place] for place in path], dim=1)[None] for x in (k, v))
             own = segment.end - segment.start
             mask = torch.ones(own, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - own)
-            leaf = F.scaled_dot_product_attention(q[None, :, segment.start : segment.end], keys, values, mask, dropout, scale=scaling, enable_gqa=grouped)
+            leaf = F.scaled_dot_product_attention(q[None, :, segment.start : segment.end], keys, values, mask, dropout, scale=scale, enable_gqa=grouped)
             pieces[number] = leaf[0]
     output = torch.cat([piece for piece in pieces if piece is not None], dim=1)
-    return output.transpose(0, 1)[None].contiguous(), None
+    return output.transpose(0, 1)[None].contiguous()
 
 
-def register(name: str, function: AttentionFunction) -> str:
+def interface(backend: Backend) -> Callable[..., tuple[torch.Tensor, None]]:
+    """A backend with the signature of transformers' attention functions."""
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        segments: Forest,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None and query.shape[0] == 1  # the segments say it all
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # autocast leaves rotated queries and keys in float32
+        return backend(query.to(value.dtype), key.to(value.dtype), value, segments, scale, dropout), None
+
+    return attend
+
+
+def register(name: str, backend: Backend) -> str:
     """Makes a backend known to transformers; the name to give to `set_attn_implementation`."""
-    AttentionInterface.register(f"interlace_{name}", function)
+    AttentionInterface.register(f"interlace_{name}", interface(backend))
     return f"interlace_{name}"

@@ -16,6 +16,7 @@ from interlace.errors import InputError
 from interlace.model.features import FeatureCache, FeatureStore, make_room, tower_hash
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
+from interlace.training.planning import columns_of
 from interlace.training.ranks import Ranks
 
 _PREFIX = "interlace-features-"  # then the number of the process that made the folder
@@ -27,7 +28,7 @@ def attach_feature_cache(
     """Gives the frozen tower a cache, as `feature_cache` wants it; all ranks of a host share it.
 
     Raises:
-        InputError: the tower learns, or the folder cannot be made.
+        InputError: the folder cannot be made.
     """
     kind, tower, most_bytes = arguments["feature_cache"], tuned.tower, int(arguments["feature_cache_gib"] * 2**30)
     if kind in ("auto", "memory"):
@@ -39,8 +40,7 @@ def attach_feature_cache(
         kind = "off" if reason else "memory"
     if kind == "off":
         return
-    if tower is None:
-        raise InputError(f"feature_cache: {kind}: the vision tower learns, so that its features change with every step; take it out of tunable_parts")
+    assert tower is not None  # else the arguments were refused
     settings = f"{processing.image_processor.to_json_string()} {processing.image_settings} {tuned.base.config.vision_feature_layer}"
     settings += f" {tuned.base.config.vision_feature_select_strategy} {processing.config.model_type}"
     name = tower_hash(tower.module, settings)
@@ -62,7 +62,7 @@ def why_not(tuned: TunedModel, rows: Rows, epochs: float, most_bytes: int) -> st
     images = rows.num_distinct_images()
     if not images:
         return "no row has an image"
-    tiles = images * max(1, int(rows.lengths.sum() // max(1, rows.num_images.sum()) // tuned.tower.family.tokens_per_image(tuned.base.config)))
+    tiles = images * columns_of(rows, tuned.base.config).num_images.sum() / rows.num_images.sum()
     needed, gib = tiles * tuned.tower.feature_bytes, 2**30
     if needed > most_bytes:
         return f"{images:,} images would need {needed / gib:,.1f} GiB, and {most_bytes / gib:,.1f} GiB may be used; feature_cache: disk may still pay"
@@ -92,7 +92,7 @@ def _memory_folder() -> Path:
 
 
 def _in_memory(ranks: Ranks, name: str) -> Path:
-    """This host's folder, made by the first of its ranks and removed at its end; what killed runs have left is removed now."""
+    """This host's folder, made by the first of its ranks and removed at its end."""
     hosts = ranks.gather(platform.node())
     first = hosts.index(platform.node()) == ranks.rank
     mine = _memory_folder() / f"{_PREFIX}{os.getpid()}" / name
@@ -103,6 +103,7 @@ def _in_memory(ranks: Ranks, name: str) -> Path:
 
 
 def _clear_abandoned() -> None:
+    """Removes what killed runs have left in memory."""
     for path in _memory_folder().glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
         if number.isdecimal() and not psutil.pid_exists(int(number)):

@@ -225,7 +225,7 @@ class PackedTrainer(DurableTrainer):
     def _count(self) -> None:
         """Takes the latest micro-batch into what is logged."""
         assert self._latest is not None
-        inputs, scores, loss = self._latest
+        (inputs, scores, loss), self._latest = self._latest, None  # its pixels would else stay on the device through the next micro-batch
         self._flops += 0.0 if self.costs is None else self.costs.total(shape_of(inputs)).required
         counted = inputs.weights > 0
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
