@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from training import MIXTURE, NAMES, PROMPT, VARIANTS, Case, make_config, make_folder
+from training import MIXTURE, NAMES, PEERS, PROMPT, Case, make_config, make_folder
 from transformers import AutoTokenizer
 
 from interlace.data.batch import Segment
@@ -144,7 +144,7 @@ def best_batch(variant: str, case: Case, folder: Path, log: Path, deadline: floa
 def run_case(name: str, case: Case, folder: Path, log: Path, deadline: float) -> list[str]:
     """Lines of the table."""
     make_folder(with_batch(case, BATCHES[-1]), folder)
-    batches = {variant: best_batch(variant, case, folder, log, deadline) for variant in VARIANTS}
+    batches = {variant: best_batch(variant, case, folder, log, deadline) for variant in (*(peer for peer, python in PEERS.items() if not python), "interlace")}
     speeds: dict[str, list[float]] = {}
     results: dict[str, dict[str, Any]] = {}
     for _ in range(REPEATS):

@@ -3,8 +3,8 @@
 The demo's LoRA run and evaluation, over several seeds, as a user starts them; only the rows or their order differ:
 - `plain` and `planned`: the demo's rows in micro-batches of 64 as a shuffle gives them, or as the plan packs, sorts by cost and deals them (16 rows, four
   micro-batches in a step).
-- `separate` and `shared`: as many rows, eight questions about each scene of four images; each row by itself, or `share_prefix` (eight rows share a scene, so
-  a step sees eight scenes instead of sixty or so).
+- `separate` and `shared`: as many rows, those of the new tasks as four to six questions about each scene; each row by itself, or `share_prefix`, so that a
+  step sees a quarter or fewer of the scenes that a shuffle would give it.
 """
 
 import argparse
@@ -28,40 +28,35 @@ from sklearn.datasets import load_digits
 from interlace.data import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTIONS = 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"per_device_train_batch_size": 64},
     "planned": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "packing": True},
     "separate": {"per_device_train_batch_size": 64},
-    "shared": {"per_device_train_batch_size": 64, "share_prefix": True, "max_rows_per_prefix": QUESTIONS},
+    "shared": {"per_device_train_batch_size": 64, "share_prefix": True},
 }
 
 
-def scenes(count: int) -> Iterator[dict[str, Any]]:
-    """Rows of the demo's kind, `QUESTIONS` about each scene of four different digits, made of the scans for training."""
-    target = load_digits().target
+def scenes() -> Iterator[dict[str, Any]]:
+    """The demo's rows, but those of its new tasks ask about scenes: two to four different digits, where each is found, the largest, how many are even."""
+    target, rows = load_digits().target, json.loads((demo.prepare() / "train.json").read_text())
     images_of: dict[int, list[str]] = {digit: [] for digit in range(10)}
-    for image in sorted({image for row in json.loads((demo.prepare() / "train.json").read_text()) for image in row.get("image", [])}):
+    for image in sorted({image for row in rows for image in row.get("image", [])}):
         images_of[int(target[int(Path(image).name[:4])])].append(image)
-    randomness = random.Random("scenes")
-    for scene in range(count):
-        digits = randomness.sample(range(10), 4)
-        images = [randomness.choice(images_of[digit]) for digit in digits]
+    known = [row for row in rows if row["metadata"]["dataset"] in demo.BASE_TASKS]
+    yield from known
+    randomness, scene, count = random.Random("scenes"), 0, len(known)
+    while count < len(rows):
+        digits = randomness.sample(range(10), randomness.randint(2, 4))
         letters = demo.LETTERS[: len(digits)]
-        looked = [f"image {letter}: {digit}" for letter, digit in zip(letters, digits, strict=True)]
+        images, looked = [randomness.choice(images_of[digit]) for digit in digits], [f"image {a}: {d}" for a, d in zip(letters, digits, strict=True)]
         turns = [(f"Which image shows the digit {digit}?", ", ".join(looked[: place + 1])) for place, digit in enumerate(digits)]
-        place = randomness.randrange(4)
-        turns += [
-            (f"What digit is in image {letters[place]}?", looked[place]),
-            ("Read all images in order.", " ".join(map(str, digits))),
-            ("Which digit is the largest?", f"digit {max(digits)}"),
-        ]
+        turns += [("Which digit is the largest?", f"digit {max(digits)}")]
         turns += [("How many images show an even digit?", f"{sum(digit % 2 == 0 for digit in digits)} of {len(digits)}")]
-        assert len(turns) == QUESTIONS
         start = "".join(f"Image {letter}: <image>\n" for letter in letters)
         for number, (question, answer) in enumerate(turns):
             talk = [{"from": "human", "value": start + question}, {"from": "gpt", "value": answer}]
-            yield {"id": f"{scene}-{number}", "image": images, "conversations": talk}
+            yield {"id": f"scene-{scene}-{number}", "image": images, "conversations": talk}
+        scene, count = scene + 1, count + len(turns)
 
 
 def train(variant: str, config: Path) -> None:
@@ -130,7 +125,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
-        (folder / "scenes.json").write_text(json.dumps(list(scenes(24_400 // QUESTIONS))))
+        (folder / "scenes.json").write_text(json.dumps(list(scenes())))
         runs = {(variant, seed): pool.submit(measure, variant, seed, folder) for seed in range(1, 1 + options.seeds) for variant in options.only}
         results = {key: run.result() for key, run in runs.items()}
     head = ["variant", "optimizer steps", "training loss at the end", "loss on test rows", "known tasks, %", "new tasks, %", "seconds, one thread"]

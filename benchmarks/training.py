@@ -50,15 +50,18 @@ from interlace.model.loading import Processing, save_model, save_processing
 PATCH, VOCABULARY, PROMPT, ANSWER = 14, 9408, 60, 50
 MIXTURE = {1: 25, 2: 30, 3: 10, 4: 10, 5: 8, 6: 5, 8: 7, 10: 3, 16: 2}  # images per row -> percent of rows
 MINI_VISION = {"hidden_size": 256, "intermediate_size": 956, "num_hidden_layers": 9, "num_attention_heads": 4}
+SMALL_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 MINI_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 MINI_TEXT |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LEARNING_RATE = 1e-3
-VARIANTS = ("trl_default", "trl_tuned", "hugging_face", "interlace")
+PEERS = {"trl_default": "", "trl_tuned": "", "hugging_face": "", "llama_factory": "llamafactory", "ms_swift": "ms-swift"}  # variant -> interpreter
 NAMES = {
     "trl_default": "TRL, default",
     "trl_tuned": "TRL, tuned",
     "hugging_face": "Hugging Face Trainer",
+    "llama_factory": "LLaMA-Factory",
+    "ms_swift": "ms-swift",
     "interlace": "Interlace, first epoch",
     "interlace_cached": "Interlace, cached features",
 }
@@ -70,7 +73,8 @@ class Case:
 
     images: of the rows of a step; None draws them from the mixture, and our micro-batches are packed to as many tokens on average.
     lora: an adapter, else projector and language model. steps: of an epoch. side: of the images. rows: of the mixture in a step.
-    model: `mini`, `0.5b` or `7b`. answer: its tokens. device: `cpu`, or `cuda` in bfloat16. workers: processes that read.
+    model: `mini`, `small_tower`, `0.5b` or `7b`. prompt, answer: their tokens. scene: whether all rows ask about the same images.
+    device: `cpu`, or `cuda` in bfloat16. workers: processes that read. cache: `feature_cache`. epochs: of ours; the others have one.
     """
 
     images: tuple[int, ...] | None
@@ -79,9 +83,13 @@ class Case:
     side: int = 384
     rows: int = 4
     model: str = "mini"
+    prompt: int = PROMPT
     answer: int = ANSWER
+    scene: bool = False
     device: str = "cpu"
     workers: int = 0
+    cache: str = "memory"
+    epochs: int = 2
 
     @property
     def rows_per_step(self) -> int:
@@ -93,6 +101,7 @@ CASES = {
     "lora_1_1_2_4": Case((1, 1, 2, 4), True, 3),
     "full_1_2": Case((1, 2), False, 4),
     "lora_mixture": Case(None, True, 16, 112),
+    "lora_scene": Case((16,) * 8, True, 2, 140, prompt=12, answer=4, scene=True),  # as in ScanQA: many questions about 16 frames
 }
 
 
@@ -121,8 +130,8 @@ def make_folder(case: Case, folder: Path) -> None:
 
 def make_config(case: Case, tokenizer: Any) -> LlavaConfig:
     """Of the mini model, whose FLOP ratios are like the 0.5B's, or of LLaVA-NeXT-Interleave 0.5B and 7B."""
-    if case.model == "mini":
-        vision = SiglipVisionConfig(**MINI_VISION, image_size=case.side, patch_size=PATCH, vision_use_head=False)
+    if case.model in ("mini", "small_tower"):
+        vision = SiglipVisionConfig(**(MINI_VISION if case.model == "mini" else SMALL_VISION), image_size=case.side, patch_size=PATCH, vision_use_head=False)
         config = LlavaConfig(vision_config=vision, text_config=Qwen2Config(**MINI_TEXT), vision_feature_layer=-1, vision_feature_select_strategy="full")
     else:
         config = {"0.5b": config_05b, "7b": config_7b}[case.model]()
@@ -142,8 +151,8 @@ def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:
     )
     rows: list[dict[str, Any]] = []
     for count in (count for step in counts for count in step):
-        names = []
-        for _ in range(count):
+        names = rows[0]["image"] if rows and case.scene else []
+        for _ in range(count - len(names)):
             names.append(f"images/{len(rows)}_{len(names)}.png")
             PIL.Image.fromarray(pixels.integers(0, 255, (case.side, case.side, 3), dtype=np.uint8)).save(folder / names[-1])
 
@@ -153,7 +162,7 @@ def write_rows(case: Case, folder: Path, tokenizer: Any) -> None:
                 text += randomness.choice(words)
             return text.strip()
 
-        question = "<image>" * count + write(PROMPT)
+        question = "<image>" * count + write(case.prompt)
         rows.append({"image": names, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": write(case.answer)}]})
     (folder / "rows.json").write_text(json.dumps(rows))
 
@@ -169,7 +178,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self.per_step: list[tuple[int, int]] = []
         self._last = 0.0
 
-    def watch(self, model: torch.nn.Module) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Counts what goes through a model; recomputation in a backward pass counts again."""
         seen = {"SiglipVisionEmbeddings": ("pixel_values", self._see), "Qwen2DecoderLayer": ("hidden_states", self._read)}
         for module in model.modules():
@@ -231,11 +240,13 @@ def settings(case: Case, output_dir: Path) -> dict[str, Any]:
     return {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": case.rows_per_step,
+        "gradient_accumulation_steps": 1,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
+        "adam_beta2": 0.999,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -252,7 +263,7 @@ def settings(case: Case, output_dir: Path) -> dict[str, Any]:
 
 
 def interlace(case: Case, folder: Path) -> dict[str, Any]:
-    """Two epochs through `finetune`: the first fills the cache of features, the second finds them."""
+    """Epochs through `finetune`: the first fills the cache of features, the second finds them."""
     from interlace.data.packing import Plan
     from interlace.training import planning, supervised
 
@@ -269,8 +280,9 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
             "dataset": {"train": [{"data_files": str(folder / "rows.json"), "image_folder": str(folder), "sampling_strategy": f"first:{len(rows)}"}]},
             "packing": case.images is None,
             "gradient_checkpointing": False,
-            "feature_cache": "memory",
-            "num_train_epochs": 2,
+            "feature_cache": case.cache,
+            "share_prefix": case.scene,
+            "num_train_epochs": case.epochs,
             "max_length": 100_000,
             "cache_dir": str(folder / "cache"),
             "preprocessing_num_workers": 0,
@@ -287,13 +299,9 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
         meter.images += len(pixel_values)
         return features(tower, pixel_values)
 
-    def started(args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        meter.watch(model)
-
-    meter.on_train_begin = started  # type: ignore[method-assign]
     supervised.guarded_trackers, FrozenTower.features = trackers, counted  # type: ignore[method-assign, assignment]
     supervised.finetune(arguments)
-    steps = len(meter.seconds) // 2
+    steps = len(meter.seconds) // case.epochs
     return {"first": meter.result(slice(0, steps), len(rows)), "cached": meter.result(slice(steps, None), len(rows))}
 
 
@@ -347,7 +355,6 @@ def trl(case: Case, folder: Path, is_default: bool) -> dict[str, Any]:
     meter, processor = Meter(case), load_processor(folder)
     config = SFTConfig(**settings(case, folder / "trl"), gradient_checkpointing=is_default, max_length=None, num_train_epochs=1)
     trainer = Ordered(model=load_model(case, folder), args=config, train_dataset=dataset, processing_class=processor, callbacks=[meter])
-    meter.watch(trainer.model)
     trainer.train()
     return {"first": meter.result(slice(0, None), len(rows))}
 
@@ -382,8 +389,67 @@ def hugging_face(case: Case, folder: Path) -> dict[str, Any]:
     meter, model = Meter(case), load_model(case, folder)
     args = TrainingArguments(**settings(case, folder / "hugging_face"), remove_unused_columns=False, num_train_epochs=1)
     trainer = Ordered(model=model, args=args, train_dataset=rows, data_collator=collate, callbacks=[meter])  # type: ignore[arg-type]
-    meter.watch(model)
     trainer.train()
+    return {"first": meter.result(slice(0, None), len(rows))}
+
+
+def llama_factory(case: Case, folder: Path) -> dict[str, Any]:
+    """`run_exp` without checkpointing: its LLaVA plugin under ChatML (its own template speaks Vicuna) that ends behind the answer, as ours does."""
+    from llamafactory.data.formatter import StringFormatter
+    from llamafactory.data.mm_plugin import get_mm_plugin
+    from llamafactory.data.template import register_template
+    from llamafactory.train.tuner import run_exp
+
+    register_template(
+        name="llava_chatml",
+        format_user=StringFormatter(slots=["<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"]),
+        format_assistant=StringFormatter(slots=["{{content}}<|im_end|>"]),
+        format_system=StringFormatter(slots=["<|im_start|>system\n{{content}}<|im_end|>\n"]),
+        default_system="You are a helpful assistant.",
+        mm_plugin=get_mm_plugin(name="llava", image_token="<image>"),
+    )
+    columns = {"messages": "conversations", "images": "image"}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "taken.json", "formatting": "sharegpt", "columns": columns}}))
+    rows, meter = rows_of(case, folder), Meter(case)
+    (folder / "taken.json").write_text(json.dumps([row | {"image": images_of(row, folder)} for row in rows]))
+    places = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder), "dataset": "rows", "template": "llava_chatml", "stage": "sft"}
+    tuning = {"finetuning_type": "lora", "adapter_name_or_path": str(folder / "adapter")} if case.lora else {"finetuning_type": "full"}
+    tuning |= {"freeze_vision_tower": True, "freeze_multi_modal_projector": case.lora, "disable_gradient_checkpointing": True}
+    how = {"do_train": True, "cutoff_len": 100_000, "disable_shuffling": True, "num_train_epochs": 1, "overwrite_cache": True}
+    run_exp({**settings(case, folder / "llama_factory"), **places, **tuning, **how}, callbacks=[meter])
+    return {"first": meter.result(slice(0, None), len(rows))}
+
+
+def ms_swift(case: Case, folder: Path) -> dict[str, Any]:
+    """`SwiftSft` without checkpointing: its LLaVA template under ChatML, without its line break behind every image and behind the answer."""
+    from swift.arguments import SftArguments
+    from swift.pipelines.train.sft import SwiftSft
+    from swift.template import register_template
+    from swift.template.templates.llava import LlavaHfTemplate
+    from swift.template.templates.utils import ChatmlTemplateMeta
+
+    class Template(LlavaHfTemplate):  # type: ignore[misc]
+        def replace_tag(self, *_: Any, **__: Any) -> list[str]:
+            return ["<image>"]
+
+    class Measured(SwiftSft):  # type: ignore[misc]
+        def train(self, trainer: Any) -> None:
+            trainer.add_callback(meter)
+            trainer.train()
+
+    system, end = "You are a helpful assistant.", ["<|im_end|>"]
+    register_template(ChatmlTemplateMeta("llava_chatml", template_cls=Template, default_system=system, suffix=end))
+    rows, meter = rows_of(case, folder), Meter(case)
+    lines = []
+    for row in rows:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        lines.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "images": images_of(row, folder)})
+    (folder / "taken.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    places = {"model": str(folder / "model"), "model_type": "llava1_5_hf", "template": "llava_chatml", "dataset": [str(folder / "taken.jsonl")]}
+    tuning = {"tuner_type": "lora", "adapters": [str(folder / "adapter")]} if case.lora else {"tuner_type": "full"}
+    tuning |= {"freeze_vit": True, "freeze_aligner": case.lora, "gradient_checkpointing": False, "torch_dtype": "float32", "load_args": False}
+    how = {"max_length": 100_000, "dataset_shuffle": False, "train_dataloader_shuffle": False, "num_train_epochs": 1, "strict": True}
+    Measured(SftArguments(**{**settings(case, folder / "ms_swift"), **places, **tuning, **how})).main()
     return {"first": meter.result(slice(0, None), len(rows))}
 
 
@@ -391,6 +457,8 @@ RUN: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
     "trl_default": lambda case, folder: trl(case, folder, True),
     "trl_tuned": lambda case, folder: trl(case, folder, False),
     "hugging_face": hugging_face,
+    "llama_factory": llama_factory,
+    "ms_swift": ms_swift,
     "interlace": interlace,
 }
 
@@ -404,12 +472,12 @@ def case_of(text: str) -> Case:
     return Case(**values | {"images": None if values["images"] is None else tuple(values["images"])})
 
 
-def run_case(name: str, folder: Path, log: Path) -> list[str]:
-    """Lines of the table."""
+def run_case(name: str, folder: Path, log: Path, pythons: dict[str, str]) -> list[str]:
+    """Lines of the table; pythons: of each variant."""
     make_folder(CASES[name], folder)
     results: dict[str, dict[str, Any]] = {}
-    for variant in VARIANTS:
-        done = subprocess.run([sys.executable, __file__, "--measure", variant, name, str(folder)], capture_output=True, text=True, check=False)
+    for variant, python in pythons.items():
+        done = subprocess.run([python, __file__, "--measure", variant, name, str(folder)], capture_output=True, text=True, check=False)
         with log.open("a") as file:
             file.write(f"### {name} {variant}\n{done.stdout}\n{done.stderr if done.returncode else ''}\n".replace(str(folder), "FOLDER"))
         if done.returncode:
@@ -419,10 +487,10 @@ def run_case(name: str, folder: Path, log: Path) -> list[str]:
         results[variant] = found["first"]
         if "cached" in found:
             results[f"{variant}_cached"] = found["cached"]
-    return lines_of(CASES[name], results)
+    return lines_of(CASES[name], results, pythons)
 
 
-def lines_of(case: Case, results: dict[str, dict[str, Any]]) -> list[str]:
+def lines_of(case: Case, results: dict[str, dict[str, Any]], pythons: dict[str, str]) -> list[str]:
     ours, lines = results["interlace"], []
     for variant, r in results.items():
         per_row = [seconds * len(r["seconds"]) / r["rows"] for seconds in r["seconds"]]
@@ -432,11 +500,13 @@ def lines_of(case: Case, results: dict[str, dict[str, Any]]) -> list[str]:
         r["reported"] = is_same or variant == "interlace_cached"
         if not r["reported"]:
             print(f"{variant}: loss {r['losses'][0]:.6f}, gradient {r['grad_norm']:.6f}; ours {ours['losses'][0]:.6f}, {ours['grad_norm']:.6f}: not reported")
-    what = "mixture" if case.images is None else list(case.images)
+    what = "mixture" if case.images is None else f"{len(case.images)} questions, {case.images[0]} frames" if case.scene else list(case.images)
     for variant, r in results.items():
         if not r["reported"]:
             continue
-        ratios = [f"{results[peer]['best'] / r['best']:.2f}x" if peer in results and results[peer]["reported"] else "" for peer in VARIANTS[:3]]
+        ratios = [
+            f"{results[peer]['best'] / r['best']:.2f}x" if peer in results and results[peer]["reported"] else "" for peer in pythons if peer != "interlace"
+        ]
         lines.append(
             f"| SFT-{'LoRA' if case.lora else 'full'} {what} | {NAMES[variant]} | {1 / r['best']:.3f} | {r['best'] * case.rows_per_step:.2f} | "
             f"{r['median'] * case.rows_per_step:.2f} | {r['mib']:.0f} | {r['images']} | {r['tokens']:,} | {r['losses'][0]:.6f} | {' | '.join(ratios)} |"
@@ -448,6 +518,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs=3, metavar=("VARIANT", "CASE", "FOLDER"))
     parser.add_argument("--only", nargs="*", default=list(CASES), metavar="CASE")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="llamafactory or ms-swift: the interpreter it is installed for")
     options = parser.parse_args()
     if options.measure:
         variant, name, folder = options.measure
@@ -458,15 +529,18 @@ def main() -> None:
         return
     import trl as trl_package
 
+    peers = dict(peer.split("=", 1) for peer in options.peer)
+    pythons = {variant: peers.get(name) if name else sys.executable for variant, name in PEERS.items()} | {"interlace": sys.executable}
+    pythons = {variant: python for variant, python in pythons.items() if python}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_package.__version__}, {platform.machine()}"
     head = ["model", "tool", "rows per CPU-s", "CPU-s per step, best", "median", "peak MiB", "images encoded", "tokens through the LM", "first loss"]
-    head += [f"faster than {NAMES[peer]}" for peer in VARIANTS[:3]]
+    head += [f"faster than {NAMES[peer]}" for peer in pythons if peer != "interlace"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     log = Path(__file__).parent / "results" / f"training_cpu_{date.today()}.log"
     log.write_text("")
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            lines += run_case(name, Path(folder), log)
+            lines += run_case(name, Path(folder), log, pythons)
         print(f"{name} done", flush=True)
     text = "\n".join([f"# Training on one CPU thread, float32; {versions}", "", *lines, ""])
     path = Path(__file__).parent / "results" / f"training_cpu_{date.today()}.md"
