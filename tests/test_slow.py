@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
+from interlace.model.conversion import to_hub
 from interlace.model.merging import merge
 from tests.conftest import ROOT, write_rows
+from tests.test_conversion import assert_same_model, make_model, original_weights, write_original
 
 pytestmark = pytest.mark.slow
 
@@ -49,17 +52,20 @@ def test_the_full_tuning_config_runs_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "sft" / "model.safetensors").is_file()
 
 
-@pytest.fixture(scope="module")
-def older_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with transformers 4.51, or a skip where it cannot be installed."""
-    folder = tmp_path_factory.mktemp("older")
+def make_environment(folder: Path, *installs: list[str]) -> Path:
+    """The interpreter of a new environment with these packages, or a skip where they cannot be installed."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    for packages in (["torch==2.13.0"], ["transformers==4.51.3", "pillow"]):
+    for packages in installs:
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
-            pytest.skip(f"transformers 4.51 cannot be installed here: {done.stderr[-200:]}")
+            pytest.skip(f"{', '.join(packages)} cannot be installed here: {done.stderr[-200:]}")
     return python
+
+
+@pytest.fixture(scope="module")
+def older_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("older"), ["torch==2.13.0"], ["transformers==4.51.3", "pillow"])
 
 
 READ = """
@@ -75,10 +81,48 @@ with torch.no_grad():
 """
 
 
-def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Path, tmp_path: Path, tiny_dir: Path) -> None:
+PADDLE = """
+import json, sys
+import numpy, paddle
+weights = {}
+for name, values in numpy.load(sys.argv[1]).items():
+    is_linear = values.ndim == 2 and name.endswith("weight") and "embed" not in name
+    own = name.replace("model.", "qwen2.", 1) if name.startswith("model.") else name
+    if is_linear:  # a layer of Paddle's, so that its own form of the weight is stored
+        layer = paddle.nn.Linear(values.shape[1], values.shape[0])
+        layer.weight.set_value(values.T)
+        weights[own] = layer.weight.astype("bfloat16")
+    else:
+        weights[own] = paddle.to_tensor(values).astype("bfloat16")
+paddle.save(weights, sys.argv[2])
+"""
+
+
+def test_files_that_paddle_wrote(tmp_path: Path) -> None:
+    import numpy as np
+
+    model = make_model("interleave")
+    weights = original_weights(model, "interleave")
+    python = make_environment(tmp_path / "paddle", ["paddlepaddle==3.3.1"])
+    folder = write_original(tmp_path / "original", "interleave", weights)
+    (folder / "model.safetensors").unlink()
+    np.savez(tmp_path / "weights.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
+    done = subprocess.run([python, "-c", PADDLE, tmp_path / "weights.npz", folder / "model_state.pdparams"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("train/convert_checkpoint.py", "--input", folder, "--output", tmp_path / "hub", "--to", "hf")
+    assert done.returncode == 0, done.stderr[-2000:]
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    assert_same_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", dtype="float32").eval(), model)
+
+
+@pytest.mark.parametrize("source", ["an adapter, merged", "the authors' layout"])
+def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Path, tmp_path: Path, tiny_dir: Path, source: str) -> None:
     import torch
 
     write_rows(tmp_path, 4)
+    if source == "the authors' layout":
+        to_hub(str(write_original(tmp_path / "original", "interleave", original_weights(make_model("interleave"), "interleave"))), tmp_path / "hub")
+        tiny_dir = tmp_path / "hub"
     config = {"model_name_or_path": str(tiny_dir), "output_dir": str(tmp_path / "run"), "dataset": {"train": [{"data_files": str(tmp_path / "rows.json")}]}}
     config |= {"lora": True, "max_steps": 2, "use_cpu": True, "learning_rate": 0.01}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -39,7 +39,7 @@ class DatasetEntry:
 class ModelFields:
     """Which model, and which of its parameters learn."""
 
-    model_name_or_path: str = key("", 'Hub id, local Hugging Face directory, or "demo" for the embedded model.')
+    model_name_or_path: str = key("", 'Hub id, or a local directory, in Hugging Face layout or in that of the authors; "demo" for the embedded model.')
     trust_remote_code: bool = key(False, "Run code that ships with a model. Only you can open this door.")
     lora: bool = key(False, "Train a LoRA adapter on the language model instead of all its weights.")
     lora_rank: int = key(8, "Rank of the adapter.", minimum=1)

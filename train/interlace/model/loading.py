@@ -1,15 +1,19 @@
 """Models, tokenizers and image processors: loading what users have, saving what everybody can read."""
 
+import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import hf_hub_download, save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -23,6 +27,8 @@ from interlace.data import demo
 from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import family_of
+from interlace.model.layouts import hub_name, is_original, memory_name
+from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, Original, keep_aside, open_original
 from interlace.model.processing import Processing, with_aspect_ratio
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
@@ -60,6 +66,25 @@ def base_of(path: str) -> str:
     return resolve_model_path(base)
 
 
+def local_folder(path: str) -> Path:
+    """The folder of a model: itself, or where the hub's files are kept, fetched first if need be."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+
+
+def original_of(path: str, vision_tower: str | None = None) -> Original | None:
+    """A model in its authors' layout, from a folder or the hub; None for Hugging Face's layout, and where nothing can be found.
+
+    Raises:
+        InputError: see `open_original`.
+    """
+    try:
+        config_file = Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+    return open_original(local_folder(path), vision_tower) if is_original(settings) else None
+
+
 def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: str | None = None) -> PretrainedConfig:
     """The configuration of a model, or of an adapter's base.
 
@@ -70,8 +95,9 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
         InputError: it cannot be had, the model is of an unknown family, or cannot take images in this way.
     """
     base = base_of(path)
+    original = original_of(base)
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
     tiling, trained = family_of(config).tiling, Path(path) / PROCESSOR_FILE
@@ -100,9 +126,13 @@ def load_processing(
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
     """
     config = load_config(path, trust_remote_code, image_aspect_ratio)
+    original = None if (Path(path) / ADAPTER_CONFIG).is_file() else original_of(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
+        if original is not None:
+            tokenizer, image_processor = original.tokenizer, original.image_processor()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
     prompt_file = Path(path) / PROMPT_FILE
@@ -156,16 +186,16 @@ def load_model(
     Raises:
         InputError: the weights cannot be had or do not fit the configuration.
     """
-    config = load_config(path, trust_remote_code, image_aspect_ratio)
+    config, base = load_config(path, trust_remote_code, image_aspect_ratio), base_of(path)
+    original, settings = original_of(base), {"config": config, "dtype": dtype, "quantization_config": quantization_config, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            base_of(path),
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        if original is None:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
+        else:
+            weights = {memory_name(name): tensor.load() for name, tensor in original.tensors.items()}
+            kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+            loaded = kind.from_pretrained(None, state_dict=weights, **settings)
+            loaded[0].name_or_path = base
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
     model, report = loaded
@@ -216,34 +246,36 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     if model.config.get_text_config().tie_word_embeddings:
         state.pop("language_model.lm_head.weight", None)
     save_torch_state_dict(state, folder, max_shard_size="5GB")
-    model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    save_config(model.config, type(model).__name__, folder)
+
+
+def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> None:
+    """Writes config.json, readable by older transformers."""
+    config.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = settings["text_config"]
     if "rope_parameters" in text:
         text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # older versions read it here, and take 10000 without a word
-    settings.setdefault("architectures", [type(model).__name__])
+    settings.setdefault("architectures", [architecture])
     _write_json(folder / "config.json", settings)
 
 
-def hub_name(name: str) -> str:
-    """A parameter's name in memory -> its name in the hub ports."""
-    for start, hub in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.image_newline", "image_newline"),
-    ):
-        if name.startswith(start):
-            return hub + name.removeprefix(start)
-    return name
+def copy_beside(path: str, folder: Path) -> None:
+    """Copies what belongs to a base model beside its weights: licence and notice files, and what its authors' layout has more than the hub's."""
+    original = original_of(path)
+    source = Path(path) if original is None else original.folder
+    copy_files(source, folder, LICENCE_FILES)
+    if original is None:
+        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS))
+    else:
+        keep_aside(original, folder)
 
 
-def copy_licence(path: str, folder: Path) -> None:
-    """Copies the base model's licence and notice files, if it is a local directory that has any."""
-    for pattern in LICENCE_FILES:
-        for file in Path(path).glob(pattern):
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copies the files whose names match, if there are any."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
             shutil.copy(file, folder / file.name)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from interlace.model.loading import base_of, copy_licence, load_config, load_model, load_processing, resolve_model_path, save_model, save_processing
+from interlace.model.loading import base_of, copy_beside, load_config, load_model, load_processing, resolve_model_path, save_model, save_processing
 
 
 def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None:
@@ -23,4 +23,4 @@ def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None
     output_dir.mkdir(parents=True, exist_ok=True)
     save_model(model.to(getattr(torch, dtype) if dtype else stored), output_dir)
     save_processing(load_processing(adapter_path), output_dir)
-    copy_licence(base, output_dir)
+    copy_beside(base, output_dir)

@@ -24,7 +24,7 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.attention_kernels import choose
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.liger import use_liger
-from interlace.model.loading import Processing, copy_licence, load_model, load_processing, quantization, resolve_model_path
+from interlace.model.loading import Processing, copy_beside, load_model, load_processing, quantization, resolve_model_path
 from interlace.model.tuning import TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.caching import attach_feature_cache, memory_given_back
@@ -129,7 +129,7 @@ def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: di
         trainer.save_model()
         if trainer.survival.ranks.is_main:
             point_latest(output_dir)
-            copy_licence(path, output_dir)
+            copy_beside(path, output_dir)
             trainer.save_metrics("train", metrics)
             draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
             write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")

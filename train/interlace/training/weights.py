@@ -8,7 +8,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from interlace.errors import InputError
-from interlace.model.loading import Processing, hub_name, save_model, save_processing
+from interlace.model.layouts import hub_name
+from interlace.model.loading import Processing, save_model, save_processing
 from interlace.model.tuning import TunedModel
 
 Weights = dict[str, torch.Tensor]

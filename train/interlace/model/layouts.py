@@ -1,0 +1,56 @@
+"""One model, three spellings of its weights' names: its authors' (lmms-lab, LLaVA), the hub ports', and transformers' in memory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+TEXT_MODELS = {"LlavaQwenForCausalLM": "qwen2", "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}  # the authors' classes
+VISION = "vision_tower.vision_model."
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+NAMES = (  # original, hub
+    ("model.embed_tokens.", "language_model.model.embed_tokens."),
+    ("model.layers.", "language_model.model.layers."),
+    ("model.norm.", "language_model.model.norm."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.vision_tower.vision_tower.vision_model.", VISION),
+    ("model.image_newline", "image_newline"),
+)
+_MEMORY = (  # transformers, hub
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.", VISION),
+    ("model.image_newline", "image_newline"),
+)
+ROWS_ADDED = 64  # what the hub ports' vocabularies have more than the originals': room for `<image>`, in steps of 64
+
+
+def is_original(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the authors' layout."""
+    return (settings.get("architectures") or [""])[0] in TEXT_MODELS
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name in memory, or as a model made from a configuration is saved, -> its name in the hub ports."""
+    for memory, hub in _MEMORY:
+        if name.startswith(memory):
+            return hub + name.removeprefix(memory)
+    if name.startswith("vision_tower.") and not name.startswith(VISION):
+        return VISION + name.removeprefix("vision_tower.")
+    return name
+
+
+def memory_name(name: str) -> str:
+    """A parameter's name in the hub ports -> its name in memory."""
+    return next((memory + name.removeprefix(hub) for memory, hub in _MEMORY if name.startswith(hub)), name)
+
+
+def original_name(name: str) -> str:
+    """A name in the hub ports -> the authors'."""
+    return next((original + name.removeprefix(hub) for original, hub in NAMES if name.startswith(hub)), name)
+
+
+def named_by_hub(name: str) -> str | None:
+    """The authors' name -> the hub ports'; None for a name that the authors do not have."""
+    return next((hub + name.removeprefix(original) for original, hub in NAMES if name.startswith(original)), None)
