@@ -1,10 +1,15 @@
 """Ids and labels, against hand-written ids of the real Qwen tokenizer and a naive copy of LLaVA-NeXT's rule."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from interlace.data.formats import from_llava, from_messages
 from interlace.data.sample import BadRow, Image, Sample, Text, Turn
@@ -152,3 +157,192 @@ def test_ids_and_labels_have_one_length(qwen: PreTrainedTokenizerBase) -> None:
     assert encoded.input_ids.shape == encoded.labels.shape == encoded.weights.shape
     assert encoded.exchange_ends[-1] == len(encoded.input_ids)
     assert encoded.input_ids.dtype == np.int32
+
+
+# --- other styles, against sentencepiece itself ---
+
+SENTENCE = "A chat between a curious user and an artificial intelligence assistant. "
+SENTENCE += "The assistant gives helpful, detailed, and polite answers to the user's questions."
+CORPUS = f"{SENTENCE} USER: What is in the image? ASSISTANT: Two cats, three dogs and a red house. def f(x):\n    return x\n 你好 图片"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["llama", "llama legacy"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A tokenizer as LLaMA's: byte pairs with a leading space and bytes for what it does not know; as an original folder holds it."""
+    folder = tmp_path_factory.mktemp("llama")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.split("\n") * 20), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420, byte_fallback=True,
+        character_coverage=0.99, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2
+    )  # fmt: skip
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "legacy": request.param,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(Path(tokenizer.vocab_file)))
+
+
+def original_chunk(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text as LLaMA's slow tokenizer reads it: `</s>` cut out, what follows it without the leading space unless it is `legacy`."""
+    model, ids = pieces(tokenizer), []
+    for number, part in enumerate(text.split("</s>")):
+        ids += [2] * bool(number)
+        if number and not tokenizer.legacy:
+            ids += model.encode("<unk>" + part)[len(model.encode("<unk>")) :] if part else []
+        else:
+            ids += model.encode(part) if part else []
+    return ids
+
+
+def original_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """LLaVA's `tokenizer_image_token`: one bos, and each text between two images by itself."""
+    chunks = text.split("<image>")
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return [1, *original_chunk(tokenizer, chunks[0]), *(token for chunk in chunks[1:] for token in [image, *original_chunk(tokenizer, chunk)])]
+
+
+VICUNA_ROWS = [
+    ("<image>\nWhat is in the image?", "Two cats."),
+    ("<image>What is in the <image> image?<image>", "Two cats, three dogs", "你好?", "图片\n\nTwo", "def f(x):\n\n    return x", "x"),
+    ("What is  it? ", " Two", "<image>", "a\n"),
+    ("\n\n<image>\n" * 8 + "Which?", "the red one</s> and <image>"),
+]
+
+
+@pytest.mark.parametrize("texts", VICUNA_ROWS)
+def test_vicuna_is_written_as_the_original_code_does(llama: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
+    image = llama.convert_tokens_to_ids("<image>")
+    encoded = ChatTemplate(llama, image, prompt_style="vicuna_v1").encode(llava(*texts, images="".join(texts[::2]).count("<image>")))
+    asked, answers = texts[::2], texts[1::2]
+    forged = "</s> and <image>"
+    whole = SENTENCE + " " + "".join(f"USER: {question} ASSISTANT: {answer.replace(forged, '')}</s>" for question, answer in zip(asked, answers, strict=True))
+    ids = encoded.input_ids.tolist()
+    if forged in texts[-1]:  # control tokens in a text stay text
+        assert ids[: len(original_prompt(llama, whole)) - 1] == original_prompt(llama, whole)[:-1]
+        assert (ids.count(2), ids.count(image)) == (1, 8)
+        return
+    assert ids == original_prompt(llama, whole)
+    learned = [[*pieces(llama).encode(answer), 2] for answer in answers]
+    assert encoded.labels[encoded.labels >= 0].tolist() == [token for answer in learned for token in answer]
+    assert [int(start) for start in encoded.answer_starts] == [end - len(answer) for end, answer in zip(encoded.exchange_ends, learned, strict=True)]
+
+
+def test_vicuna_s_prompt_is_a_prefix_and_ends_in_the_question_to_the_assistant(llama: PreTrainedTokenizerBase) -> None:
+    template = ChatTemplate(llama, llama.convert_tokens_to_ids("<image>"), prompt_style="vicuna_v1", system_prompt="Look.")
+    for texts in VICUNA_ROWS[:3]:
+        sample = llava(*texts, images="".join(texts).count("<image>"))
+        for end in range(1, len(sample.turns), 2):
+            prompt = template.encode_prompt(sample.turns[:end])
+            assert template.encode(sample).input_ids.tolist()[: len(prompt)] == prompt
+    assert template.encode_prompt(llava("Hi", "x").turns[:1]) == [1, *pieces(llama).encode("Look. USER: Hi ASSISTANT:")]
+    assert template.end == 2
+
+
+@pytest.mark.parametrize("texts", [VICUNA_ROWS[0], ("<image>\nHi", "Two", "And <image>\nthe dogs?", "three")])
+def test_vicuna_s_saved_template_renders_the_trained_ids(llama: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
+    """Exactly with a `legacy` tokenizer, as the hub ports have; without the space behind an image with others."""
+    image = llama.convert_tokens_to_ids("<image>")
+    template, sample = ChatTemplate(llama, image, prompt_style="vicuna_v1"), llava(*texts, images="".join(texts).count("<image>"))
+    content = [
+        {"role": turn.role, "content": [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text} for part in turn.parts]}
+        for turn in sample.turns
+    ]
+    found = llama(llama.apply_chat_template(content, chat_template=template.jinja(), tokenize=False))["input_ids"]
+    expected = template.encode(sample).input_ids.tolist()
+    if not llama.legacy:
+        space = llama.convert_tokens_to_ids("▁")
+        expected = [token for i, token in enumerate(expected) if not (token == space and expected[i - 1] == image)]
+    assert found == expected
+    asked = llama.apply_chat_template(content[:-1], chat_template=template.jinja(), tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("ASSISTANT:")
+
+
+def test_plain_learns_the_caption_and_its_newline(llama: PreTrainedTokenizerBase, qwen: PreTrainedTokenizerBase) -> None:
+    """LLaVA's `preprocess_plain`: the image, the caption, a newline."""
+    sample = llava("Describe it.\n<image>", "Two cats, three dogs", images=1)
+    for tokenizer, beginning, caption in (
+        (llama, [1], pieces(llama).encode("Two cats, three dogs\n")),
+        (qwen, [], qwen("Two cats, three dogs\n")["input_ids"]),
+    ):
+        image = tokenizer.convert_tokens_to_ids("<image>")
+        encoded = ChatTemplate(tokenizer, image, prompt_style="plain").encode(sample)
+        assert encoded.input_ids.tolist() == [*beginning, image, *caption]
+        assert encoded.labels.tolist() == [*[-100] * len(beginning), -100, *caption]
+
+
+def test_rows_that_have_no_form_in_a_style_are_bad(llama: PreTrainedTokenizerBase) -> None:
+    image = llama.convert_tokens_to_ids("<image>")
+    with pytest.raises(BadRow, match="not_a_caption"):
+        ChatTemplate(llama, image, prompt_style="plain").encode(llava("<image>", "a", "b", "c", images=1))
+    with pytest.raises(BadRow, match="not_a_caption"):
+        ChatTemplate(llama, image, prompt_style="plain").encode(llava("no image", "a"))
+    turns = (Turn("user", (Text("a"),)), Turn("system", (Text("b"),)), Turn("assistant", (Text("c"),)))
+    with pytest.raises(BadRow, match="bad_system_turn"):
+        ChatTemplate(llama, image, prompt_style="vicuna_v1").encode(Sample(turns))
+    with pytest.raises(ValueError, match=r"no <\|im_start"):
+        ChatTemplate(llama, image)
+
+
+# --- where images stand ---
+
+
+def shown(template: ChatTemplate, sample: Sample) -> str:
+    """The user's turns, decoded."""
+    text: str = template.tokenizer.decode(template.encode(sample).input_ids)
+    return "|".join(part.split("<|im_end|>")[0] for part in text.split("<|im_start|>user\n")[1:])
+
+
+@pytest.mark.parametrize(
+    ("placement", "text", "expected"),
+    [
+        ("interleaved", "a <image> b <image> c", "a <image> b <image> c"),
+        ("in_front", "a <image> b <image> c", "<image>\n<image>\na  b  c"),
+        ("in_front", "<image>", "<image>"),
+        ("llava_next", "a <image> b", "<image>\na  b"),
+        ("llava_next", "what? \n<image>", "<image>\nwhat?"),
+        ("llava_next", "<image>b ", "<image>b "),
+        ("llava_next", "a <image> b <image>", "a <image> b <image>"),
+        ("llava_next", " 图片\n\n在哪<image>", "<image>\n图片\n\n在哪"),
+    ],
+)
+def test_where_images_stand(qwen: PreTrainedTokenizerBase, placement: Any, text: str, expected: str) -> None:
+    template = ChatTemplate(qwen, IMAGE, image_placement=placement)
+    sample = llava(text, "x", "no image", "y", images=text.count("<image>"))
+    assert shown(template, sample) == f"{expected}|no image"
+    prompt = template.encode_prompt(sample.turns[:-1])
+    assert template.encode(sample).input_ids.tolist()[: len(prompt)] == prompt
+
+
+def test_mixed_puts_a_share_of_the_rows_in_front_and_always_the_same(qwen: PreTrainedTokenizerBase) -> None:
+    samples = [llava(f"a <image> b{number}", "x", images=1) for number in range(400)]
+    for ratio in (0.0, 0.3, 1.0):
+        template = ChatTemplate(qwen, IMAGE, image_placement="mixed", image_placement_ratio=ratio)
+        found = [shown(template, sample).startswith("<image>") for sample in samples]
+        assert found == [shown(template, sample).startswith("<image>") for sample in samples]
+        assert abs(sum(found) / 400 - ratio) < 0.07
+
+
+def test_a_newline_of_its_own_behind_every_image(qwen: PreTrainedTokenizerBase) -> None:
+    """LLaVA-NeXT's evaluation code: IMG 198 198 Q, never 271."""
+    template = ChatTemplate(qwen, IMAGE, system_prompt="", newline_after_image=True)
+    ids = template.encode(llava("<image>\nQ<image>", "A", images=2)).input_ids.tolist()
+    assert ids[3:9] == [IMAGE, 198, 198, 48, IMAGE, 198]
+    assert ids[9] == END
+
+
+def test_llava_next_s_rule_keeps_an_answer_s_leading_line_breaks(qwen: PreTrainedTokenizerBase) -> None:
+    sample = llava("<image>\n" * 8 + "code?", "\n\ndef f():\n\n    return 1\n", "and?", " \n图", images=8)
+    encoded = ChatTemplate(qwen, IMAGE, label_policy="llava_next").encode(sample)
+    ids, labels = llava_next_rule(qwen, sample)
+    assert encoded.input_ids.tolist() == ids
+    assert encoded.labels.tolist() == labels

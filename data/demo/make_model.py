@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen2TokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig
 
 from interlace.data import demo
-from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate
+from interlace.data.styles import ChatML
+from interlace.data.template import ChatTemplate
 from interlace.model.loading import Processing, save_model, save_processing
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
@@ -25,7 +26,7 @@ def make_tokenizer() -> Qwen2TokenizerFast:
     """A byte-level BPE with Qwen2's splitting rule, whose merges are the words of its pre-training and of the new tasks' questions."""
     rows = json.loads((demo.prepare() / "pretrain.json").read_text(encoding="utf-8"))
     texts = [turn["value"].replace("<image>", "") for row in rows for turn in row["conversations"]]
-    texts += [text for text in ["system\n" + DEFAULT_SYSTEM_PROMPT, "user\n", "assistant\n", *NEW_QUESTIONS] for _ in range(1000)]
+    texts += [text for text in ["system\n" + ChatML.default_system_prompt, "user\n", "assistant\n", *NEW_QUESTIONS] for _ in range(1000)]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

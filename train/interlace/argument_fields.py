@@ -99,8 +99,17 @@ class DataFields:
     allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")
     cache_dir: str | None = key(None, "Where checked rows, embedded media and downloads are kept; default: $INTERLACE_CACHE, else ~/.cache/interlace.")
     preprocessing_num_workers: int | None = key(None, "Processes that check rows before training; default: one per core, 16 at most.", minimum=0)
-    prompt_style: Literal["chatml"] = key("chatml", "How turns are written.")
-    system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else "You are a helpful assistant."; "" for none.')
+    prompt_style: Literal["chatml", "vicuna_v1", "plain", None] = key(
+        None, "How turns are written; `plain` learns captions and leaves questions out (projector pre-training); default: the model's own, by its tokenizer."
+    )
+    system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else that of prompt_style; "" for none.')
+    image_placement: Literal["interleaved", "in_front", "mixed", "llava_next", None] = key(
+        None,
+        "Where the images of a turn stand: where the data has them, before its text, some rows so and some so, or by LLaVA-NeXT's rule; "
+        "default: the model's own, else interleaved.",
+    )
+    image_placement_ratio: float | None = key(None, "With image_placement mixed: share of rows with images in front; default 0.5.", minimum=0, maximum=1)
+    newline_after_image: bool | None = key(None, "A line break, a token of its own, behind every image; default: the model's own, else false.")
     label_policy: Literal["assistant", "llava_next", "last_turn"] = key(
         "assistant", "Which tokens are supervised: every answer, LLaVA-NeXT's rule, or the last answer."
     )

@@ -1,58 +1,20 @@
-"""`Sample` -> `input_ids` and labels, together, from one function; and the Jinja template that renders the same ids.
-
-ChatML as LLaVA-NeXT-Interleave is trained and evaluated with, system prompt included. Text between control tokens is tokenized as one piece, as a
-tokenizer does with the rendered template; the header of an answer (`assistant` and a newline) is a piece of its own, so that the prompt of
-generation is a prefix of the training ids. For the same reason an answer's leading white space is left out when it holds a line break, which
-would merge with the header's; other leading white space stays.
-"""
+"""`Sample` -> `input_ids` and labels, together, from one function; how turns are written is in `styles`."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import BadRow, Image, PreferencePair, Sample, Text, Turn
+from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn
+from interlace.data.styles import STYLES, ChatML, Piece, StyleName
 
 IGNORE_INDEX = -100
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
-
-_JINJA = """
-{%- if messages[0]['role'] != 'system' and default_system_prompt -%}
-{{- '<|im_start|>system\\n' + default_system_prompt + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
-{%- else -%}
-{%- set parts = message['content'] -%}
-{%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set answer = namespace(text='') -%}
-{%- for part in parts -%}{%- set answer.text = answer.text + part['text'] -%}{%- endfor -%}
-{%- set bare = answer.text.lstrip() -%}
-{%- set lead = answer.text[:answer.text|length - bare|length] -%}
-{% generation %}
-{{- bare if '\\n' in lead or '\\r' in lead else answer.text -}}
-{{- '<|im_end|>' -}}
-{% endgeneration %}
-{%- else -%}
-{%- for part in parts -%}
-{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
-{%- endfor -%}
-{{- '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+Placement = Literal["interleaved", "in_front", "mixed", "llava_next"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,50 +37,73 @@ class Encoded:
 
 
 class ChatTemplate:
-    """Writes conversations in ChatML for one tokenizer.
+    """Writes conversations for one tokenizer.
 
     Args:
-        tokenizer: must know `<|im_start|>` and `<|im_end|>` as single tokens.
+        tokenizer: must know the control tokens of the style.
         image_token_id: the id that stands for an image.
-        system_prompt: for rows without one; "" for none.
+        system_prompt: for rows without one; "" for none, None for the style's own.
         label_policy: which tokens are supervised.
+        prompt_style: see `styles`.
+        image_placement: where the images of a turn stand; see `placed`. image_placement_ratio: for `mixed`.
+        newline_after_image: a line break, a token of its own, behind every image.
 
     Raises:
-        ValueError: the tokenizer has no ChatML tokens.
+        ValueError: the tokenizer does not go with the style.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, system_prompt: str = DEFAULT_SYSTEM_PROMPT, label_policy: LabelPolicy = "assistant"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token_id: int,
+        system_prompt: str | None = None,
+        label_policy: LabelPolicy = "assistant",
+        prompt_style: StyleName = "chatml",
+        image_placement: Placement = "interleaved",
+        image_placement_ratio: float = 0.5,
+        newline_after_image: bool = False,
     ):
-        vocabulary = tokenizer.get_vocab()
-        missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
-        if missing:
-            raise ValueError(f"the tokenizer has no {' and no '.join(missing)}; prompt_style chatml needs both")
-        self.tokenizer, self.image_token_id = tokenizer, image_token_id
-        self.system_prompt, self.label_policy = system_prompt, label_policy
-        self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
-        self.control = frozenset([self.start, self.end, image_token_id, *tokenizer.all_special_ids])
-        self._known: dict[str, list[int]] = {}  # headers, system prompts and questions come again and again
-        self.newline = self.text_ids("\n")
+        self.tokenizer, self.image_token_id, self.label_policy = tokenizer, image_token_id, label_policy
+        self.style = STYLES[prompt_style](tokenizer, image_token_id, newline_after_image)
+        self.style.trims_answers = label_policy != "llava_next"
+        self.system_prompt = self.style.default_system_prompt if system_prompt is None else system_prompt
+        self.image_placement, self.image_placement_ratio = image_placement, image_placement_ratio
+        self.control = frozenset(self.style.control())
+        self._known: dict[tuple[str, bool], list[int]] = {}  # headers, system prompts and questions come again and again
 
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens written in it stay text.
+    @property
+    def end(self) -> int | None:
+        """The id that ends an answer; None if the style has none."""
+        return self.style.end
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a model must be asked in, as it was trained: the arguments of this class that decide about prompts."""
+        names = ("system_prompt", "image_placement", "image_placement_ratio")
+        return {
+            "prompt_style": self.style.name,
+            **{name: getattr(self, name) for name in names},
+            "newline_after_image": self.style.newline_after_image,
+        }
+
+    def text_ids(self, text: str, is_behind: bool = False) -> list[int]:
+        """Ids of plain text; control tokens written in it stay text. is_behind: it follows the end of an answer.
 
         Raises:
             BadRow: the tokenizer makes a control token of it all the same.
         """
-        if text not in self._known:
+        if (text, is_behind) not in self._known:
             if len(self._known) >= 10_000:
                 self._known.clear()
-            self._known[text] = self._tokenize(text)
-        return list(self._known[text])
+            self._known[text, is_behind] = self._tokenize(text, is_behind)
+        return list(self._known[text, is_behind])
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str, is_behind: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BadRow("bad_text", f"the text holds half a character at position {error.start}") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        ids = self.style.tokenize(text, is_behind) if text else []
         forged = self.control.intersection(ids)
         if forged:
             raise BadRow("control_token", f"the text holds {self.tokenizer.convert_ids_to_tokens(sorted(forged))}, which this tokenizer cannot take as text")
@@ -128,36 +113,34 @@ class ChatTemplate:
         """Ids, labels and weights of a whole row; each of its images is one token, and its videos have become images before.
 
         Raises:
-            BadRow: a control token in the text, or nothing supervised.
+            BadRow: a control token in the text, turns that have no form in the style, or nothing supervised.
         """
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
         starts, ends = [], []
-        turns = self._with_system(sample.turns)
+        turns = self._prepared(sample.turns)
         last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-        for i, turn in enumerate(turns):
-            header, body, tail = self._pieces(turn)
-            piece = [*header, *body, *tail]
+        for i, (turn, piece) in enumerate(zip(turns, self.style.write(turns, self.text_ids), strict=True)):
             supervised = turn.role == "assistant" and turn.weight > 0 and (self.label_policy != "last_turn" or i == last)
-            ids += piece
-            labels += self._labels(header, body, tail, supervised)
-            weights += [turn.weight if turn.role == "assistant" and turn.weight > 0 else 1.0] * len(piece)
+            ids += piece.ids
+            labels += self._labels(piece, supervised)
+            weights += [turn.weight if turn.role == "assistant" and turn.weight > 0 else 1.0] * len(piece.ids)
             if turn.role == "assistant":
                 ends.append(len(ids))
-                starts.append(len(ids) - len(body) - len(tail))
+                starts.append(len(ids) - len(piece.body) - len(piece.tail))
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise BadRow("nothing_supervised", "no token of this row would be learned: check `loss` and label_policy")
         return _encoded(ids, labels, weights, self.image_token_id, tuple(ends), tuple(starts))
 
     def encode_pair(self, pair: PreferencePair) -> Encoded:
-        """Prompt, chosen and rejected answer one behind the other; the answers and their `<|im_end|>` are supervised.
+        """Prompt, chosen and rejected answer one behind the other; the answers and what ends them are supervised.
 
         Raises:
-            BadRow: a control token in the text.
+            BadRow: a control token in the text, or turns that have no form in the style.
         """
         prompt = self.encode_prompt(pair.prompt)
-        answers = [[*self.text_ids(trim_answer(turn.text)), self.end] for turn in (pair.chosen, pair.rejected)]
+        answers = [self._answer_ids(pair.prompt, pair.chosen), self._answer_ids(pair.rejected_prompt or pair.prompt, pair.rejected)]
         own = [[], []] if pair.rejected_prompt is None else [prompt, self.encode_prompt(pair.rejected_prompt)]
         ids, labels = (prompt, [IGNORE_INDEX] * len(prompt)) if pair.rejected_prompt is None else ([], [])
         starts = []
@@ -166,51 +149,69 @@ class ChatTemplate:
             ids, labels = [*ids, *before, *answer], [*labels, *[IGNORE_INDEX] * len(before), *answer]
         return _encoded(ids, labels, [1.0] * len(ids), self.image_token_id, leaf_starts=tuple(starts))
 
+    def _answer_ids(self, prompt: Sequence[Turn], answer: Turn) -> list[int]:
+        piece = self.style.write(self._prepared([*prompt, answer]), self.text_ids)[-1]
+        return [*piece.body, *piece.tail[: self.style.num_supervised]]
+
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids up to where the next answer begins; the same ids that `encode` puts before that answer."""
-        ids = [token for turn in self._with_system(turns) for piece in self._pieces(turn) for token in piece]
-        return [*ids, self.start, *self.text_ids("assistant\n")]
+        """Ids up to where the next answer begins; the same ids that `encode` puts before that answer.
+
+        Raises:
+            BadRow: see `encode`.
+        """
+        *before, answer = self.style.write(self._prepared([*turns, Turn("assistant", (Text(""),))]), self.text_ids)
+        return [token for piece in before for token in piece.ids] + answer.header
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides the ids and labels of a conversation."""
-        settings = [self.system_prompt, self.label_policy, str(self.image_token_id), _JINJA]
+        settings = [repr(self.settings), self.label_policy, str(self.image_token_id), self.jinja()]
         return hashlib.sha256("\0".join([*settings, self.tokenizer.backend_tokenizer.to_str()]).encode()).hexdigest()  # type: ignore[attr-defined]
 
     def jinja(self) -> str:
-        """The template to save with the model: renders every conversation to the ids of `encode`."""
-        image_token = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        head = f"{{%- set default_system_prompt = {_quoted(self.system_prompt)} -%}}{{%- set image_token = {_quoted(image_token)} -%}}"
-        return head + "".join(line for line in _JINJA.strip().split("\n"))
+        """The template to save with the model: renders every conversation to the ids of `encode`, images where the messages have them."""
+        return self.style.jinja(self.system_prompt, str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)))
 
-    def _with_system(self, turns: Iterable[Turn]) -> list[Turn]:
+    def _prepared(self, turns: Iterable[Turn]) -> list[Turn]:
+        """With a system turn, and images where they are to stand."""
         turns = list(turns)
+        if self.image_placement != "interleaved":
+            placement = self._placement_of(turns)
+            turns = [placed(turn, placement) for turn in turns]
         if self.system_prompt and turns and turns[0].role != "system":
             turns.insert(0, Turn("system", (Text(self.system_prompt),)))
         return turns
 
-    def _pieces(self, turn: Turn) -> tuple[list[int], list[int], list[int]]:
-        """Header, body and tail (`<|im_end|>` and newline) of a turn; the header's text runs on into a body that is no answer."""
-        if turn.role == "assistant":
-            return [self.start, *self.text_ids("assistant\n")], self.text_ids(trim_answer(turn.text)), [self.end, *self.newline]
-        body: list[int] = []
-        run = f"{turn.role}\n"
-        for part in turn.parts:
-            if isinstance(part, Text):
-                run += part.text
-                continue
-            assert isinstance(part, Image), "a video becomes images before it is written"
-            body += [*self.text_ids(run), self.image_token_id]
-            run = ""
-        return [self.start], body + self.text_ids(run), [self.end, *self.newline]
-
-    def _labels(self, header: list[int], body: list[int], tail: list[int], supervised: bool) -> list[int]:
-        ids = [*header, *body, *tail]
-        if self.label_policy != "llava_next":
-            return [*[IGNORE_INDEX] * len(header), *body, self.end, *[IGNORE_INDEX] * len(self.newline)] if supervised else [IGNORE_INDEX] * len(ids)
+    def _labels(self, piece: Piece, supervised: bool) -> list[int]:
+        if self.label_policy != "llava_next" or not isinstance(self.style, ChatML):
+            learned = [*piece.body, *piece.tail[: self.style.num_supervised]]
+            rest = len(piece.tail) - self.style.num_supervised
+            return [*[IGNORE_INDEX] * len(piece.header), *learned, *[IGNORE_INDEX] * rest] if supervised else [IGNORE_INDEX] * len(piece.ids)
         # LLaVA-NeXT llava/train/train.py, preprocess_qwen: whole answers, and every newline, <|im_start|> and <|im_end|> anywhere
-        always = {self.start, self.end, *self.newline}
-        return [token if supervised or token in always else IGNORE_INDEX for token in ids]
+        always = {self.style.start, self.style.end, *self.style.newline}
+        return [token if supervised or token in always else IGNORE_INDEX for token in piece.ids]
+
+    def _placement_of(self, turns: Sequence[Turn]) -> Placement:
+        """`mixed` draws a row's form from what is in it: the same in every run."""
+        if self.image_placement != "mixed":
+            return self.image_placement
+        content = "\0".join(part.text if isinstance(part, Text) else part.path for turn in turns for part in turn.parts)
+        share = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8]) / 2**64
+        return "in_front" if share < self.image_placement_ratio else "interleaved"
+
+
+def placed(turn: Turn, placement: Placement) -> Turn:
+    """A turn with its images where they are to stand.
+
+    interleaved: where they are. in_front: before its text, each on a line of its own. llava_next: LLaVA-NeXT's rule (llava/train/train.py,
+    preprocess_multimodal): an only image that does not begin its turn goes to the front.
+    """
+    images = turn.media
+    if placement == "interleaved" or not images or (placement == "llava_next" and (len(images) > 1 or turn.parts[0] is images[0])):
+        return turn
+    parts = [part for image in images for part in (image, Text("\n"))]
+    text = turn.text.strip()
+    return replace(turn, parts=(*parts, Text(text)) if text else tuple(parts[:-1]))
 
 
 def _encoded(
@@ -224,15 +225,3 @@ def _encoded(
 ) -> Encoded:
     arrays = np.array(ids, np.int32), np.array(labels, np.int32), np.array(weights, np.float32)
     return Encoded(*arrays, ids.count(image_token_id), ends, starts, leaf_starts)
-
-
-def trim_answer(text: str) -> str:
-    """An answer without its leading white space if that holds a line break, which would merge with the header's."""
-    bare = text.lstrip()
-    lead = text[: len(text) - len(bare)]
-    return bare if "\n" in lead or "\r" in lead else text
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{escaped}'"

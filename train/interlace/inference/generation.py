@@ -61,6 +61,7 @@ class Generator:
         longest = max(len(prompt.input_ids) for prompt in prompts)
         tokenizer = self.processing.tokenizer
         pad, end = tokenizer.pad_token_id, self.processing.template.end
+        end = tokenizer.eos_token_id if end is None else end
         pad = end if pad is None else pad
         ids = torch.tensor([[pad] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts], device=self.device)

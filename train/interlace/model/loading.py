@@ -21,10 +21,12 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from interlace.data import demo
-from interlace.data.template import DEFAULT_SYSTEM_PROMPT, ChatTemplate, LabelPolicy
+from interlace.data.styles import SentencePieceStyle
+from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import family_of
 from interlace.model.layouts import hub_name, is_original, memory_name
@@ -115,12 +117,14 @@ def load_processing(
     label_policy: LabelPolicy = "assistant",
     trust_remote_code: bool = False,
     image_aspect_ratio: str | None = None,
+    **prompt: Any,
 ) -> Processing:
     """Tokenizer, image processor and template of a model or adapter directory.
 
     Args:
-        system_prompt: None takes the one the model was trained with by Interlace, else "You are a helpful assistant.".
+        system_prompt: None takes the one the model was trained with by Interlace, else the style's own.
         image_aspect_ratio: how images become the model's size or its tiles; None leaves it to what comes with the model.
+        prompt: prompt_style, image_placement, image_placement_ratio, newline_after_image; None as for the system prompt.
 
     Raises:
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
@@ -135,11 +139,9 @@ def load_processing(
             image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
-    prompt_file = Path(path) / PROMPT_FILE
-    if system_prompt is None:
-        system_prompt = json.loads(prompt_file.read_text())["system_prompt"] if prompt_file.is_file() else DEFAULT_SYSTEM_PROMPT
+    prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer)
     try:
-        template = ChatTemplate(tokenizer, config.image_token_id, system_prompt, label_policy)
+        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, **prompt)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     family = family_of(config)
@@ -149,6 +151,16 @@ def load_processing(
     elif image_aspect_ratio is not None:
         image_processor = with_aspect_ratio(image_processor, image_aspect_ratio, config)
     return Processing(tokenizer, image_processor, template, config, family.tokens_per_image(config))
+
+
+def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What was chosen, else what the model in this folder was trained with, else what its tokenizer was made for."""
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
+    if "prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style"):
+        kept.pop("system_prompt", None)  # each style has its own
+    style = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
+    return {"prompt_style": style, **kept, **chosen}
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -221,7 +233,7 @@ def save_processing(processing: Processing, folder: Path) -> None:
     # The image processor stands in preprocessor_config.json, where every version reads it; transformers 4 stops at a copy in processor_config.json
     processing.image_processor.save_pretrained(folder)
     _write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
-    _write_json(folder / PROMPT_FILE, {"prompt_style": "chatml", "system_prompt": processing.template.system_prompt})
+    _write_json(folder / PROMPT_FILE, processing.template.settings)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
     if isinstance(extra, dict) and extra:
@@ -230,6 +242,8 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["additional_special_tokens"] = extra
     for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
         settings.pop(name, None)
+    if isinstance(processing.template.style, SentencePieceStyle) and processing.template.style.begins_every_text:
+        settings["legacy"] = True  # transformers 5 leaves it out, and reads the folder as another tokenizer
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["processor_class"] = processor["processor_class"]

@@ -213,7 +213,8 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
 
 def processing_of(path: str, arguments: Arguments) -> Processing:
     """Tokenizer, image processor and template of the model, as the arguments want them."""
-    names = ("system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio")
+    names = ["system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio"]
+    names += ["prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"]
     return load_processing(path, **{name: arguments[name] for name in names})
 
 
