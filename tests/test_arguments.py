@@ -12,9 +12,10 @@ import jsonschema
 import pytest
 
 from interlace import argument_schema
-from interlace.argument_help import HUGGING_FACE_KEYS, REFUSED, RENAMED
+from interlace.argument_help import HUGGING_FACE_KEYS, REFUSED
 from interlace.arguments import SCHEMA_PATH, read_command_line
 from interlace.errors import InputError
+from interlace.foreign_arguments import INSTEAD, RENAMED, WITHOUT_EFFECT
 from interlace.redaction import without_secrets
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +141,91 @@ def test_names_from_other_tools_are_understood_and_said(tmp_path: Path, monkeypa
     assert "recompute is read as gradient_checkpointing" in capsys.readouterr().err
 
 
+PADDLEMIX: dict[str, Any] = {  # every key of the seven files in its config/llava, but for paths
+    "mixtoken": False,
+    "overwrite_output_dir": True,
+    "recompute": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "eval_accumulation_steps": 16,
+    "group_by_modality_length": False,
+    "num_train_epochs": 1,
+    "learning_rate": 2e-04,
+    "mm_projector_lr": 2e-5,
+    "weight_decay": 0.0,
+    "warmup_ratio": 0.03,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+    "save_steps": 100,
+    "evaluation_strategy": "epoch",
+    "save_strategy": "epoch",
+    "max_length": 2048,
+    "bf16": False,
+    "fp16": False,
+    "fp16_opt_level": "O1",
+    "do_train": True,
+    "do_eval": False,
+    "disable_tqdm": True,
+    "load_best_model_at_end": False,
+    "eval_with_do_generation": False,
+    "skip_memory_metrics": False,
+    "benchmark": False,
+    "save_total_limit": 1,
+    "sharding": "stage2",
+    "tensor_parallel_degree": 1,
+    "sharding_parallel_degree": 8,
+    "version": "plain",
+    "lora": True,
+    "lora_rank": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["llama.layer.*q_proj.*", "llama.layer.*o_proj.*"],
+}
+
+
+def test_paddlemix_s_keys_are_read_and_what_has_no_effect_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"name": "chatml_dataset", "data_files": "rows.json"}
+    dataset = {"train": [entry], "eval": [entry]}
+    arguments = read(tmp_path, monkeypatch, {**GOOD, "dataset": dataset, **PADDLEMIX})
+    expected = {"packing": False, "eval_strategy": "epoch", "warmup_steps": 0.03, "prompt_style": "plain", "deepspeed": "stage2", "lora_rank": 128}
+    assert {name: arguments[name] for name in expected} == expected
+    said = capsys.readouterr().err.splitlines()
+    left_out = ("fp16_opt_level", "group_by_modality_length", "eval_with_do_generation", "benchmark", "tensor_parallel_degree", "sharding_parallel_degree")
+    assert sum(any(f": {name} is left out" in line for line in said) for name in left_out) == len(left_out)
+    assert [line for line in said if line.startswith("warning")] == [
+        f"warning: {tmp_path / 'config.json'}: sharding_parallel_degree is 8, and this run has 1 process"
+    ]
+    for name in ("recompute", "evaluation_strategy", "warmup_ratio", "mm_projector_lr", "sharding", "mixtoken", "version"):
+        assert sum(f": {name} is read as {RENAMED[name]}" in line for line in said) == 1
+
+
+def test_llava_next_s_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter, mm_language_model", "mm_vision_tower_lr": 2e-6, "model_max_length": 32768}
+    theirs |= {"version": "qwen_1_5", "frames_upbound": 32, "attn_implementation": "sdpa", "lazy_preprocess": True, "mm_projector_type": "mlp2x_gelu"}
+    arguments = read(tmp_path, monkeypatch, {**GOOD, **theirs})
+    expected = {"tunable_parts": ["vision_tower", "projector", "language_model"], "vision_tower_learning_rate": 2e-6, "max_length": 32768}
+    expected |= {"prompt_style": "chatml", "num_frames": 32, "attention": "sdpa"}
+    assert {name: arguments[name] for name in expected} == expected
+    assert read(tmp_path, monkeypatch, {**GOOD, "lora_enable": True, "lora_r": 4})["lora_rank"] == 4
+
+
+def test_what_other_tools_mean_otherwise_is_refused_with_what_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = problems(tmp_path, monkeypatch, {**GOOD, "fp16_opt_level": "O2", "tensor_parallel_degree": 2, "data_path": "rows.json", "bits": 4})
+    for line in (
+        "fp16_opt_level: 'O2' cannot be honoured",
+        "tensor_parallel_degree: 2 cannot be honoured",
+        "data_path: write dataset:",
+        "bits: write load_in_4bit",
+    ):
+        assert line in text
+
+
+def test_the_tables_of_other_tools_are_disjoint_and_hold_no_key_of_ours() -> None:
+    tables = [set(RENAMED), set(WITHOUT_EFFECT), set(INSTEAD), set(SCHEMA["properties"])]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+
+
 def one_edit(word: str, randomness: random.Random) -> str:
     place, letter = randomness.randrange(len(word)), randomness.choice("abcdefghijklmnopqrstuvwxyz_")
     kind = randomness.randrange(4)
@@ -159,7 +245,7 @@ def test_one_edit_typos_get_the_right_suggestion(tmp_path: Path, monkeypatch: py
     while total < 200:
         key = randomness.choice(keys)
         typo = one_edit(key, randomness)
-        if typo in SCHEMA["properties"] or typo in RENAMED:
+        if typo in {*SCHEMA["properties"], *RENAMED, *WITHOUT_EFFECT, *INSTEAD}:
             continue
         total += 1
         right += f"{typo}: unknown key; did you mean {key!r}?" in problems(tmp_path, monkeypatch, {**GOOD, typo: 1})

@@ -34,6 +34,7 @@ from interlace.model.conversion import to_hub, to_original
 from interlace.model.loading import load_config, load_model, load_processing
 from interlace.model.merging import merge
 from interlace.model.original import open_original
+from interlace.model.tuning import PARTS, lora_targets, tune
 from interlace.model.weight_files import stored_tensors
 from interlace.training.supervised import finetune
 from tests.conftest import DEMO_MODEL, write_rows
@@ -379,6 +380,21 @@ def test_a_hub_id_in_the_authors_layout(tmp_path: Path, interleave: tuple[Path, 
     model = load_model("lmms-lab/tiny", torch.float32)
     assert model.name_or_path == "lmms-lab/tiny"
     assert_same_model(model.eval(), make_model("interleave"))
+
+
+@pytest.mark.parametrize("kind", ["llava_v1_5", "interleave"])
+def test_patterns_in_every_layout_s_spelling(kind: str) -> None:
+    model, paddle = make_model(kind), {"llava_v1_5": "llama", "interleave": "qwen2"}[kind]
+    expected = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    for pattern in ("q_proj", f"{paddle}.layer.*q_proj.*", r"language_model\.model\.layers.*q_proj", r"model\.layers.*q_proj", "model.language_model.*q_proj"):
+        assert lora_targets(model, [pattern]) == expected
+    assert lora_targets(model, [f"{paddle}.mm_projector.*"]) == ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"]
+    with pytest.raises(InputError, match="matches no linear layer"):
+        lora_targets(model, ["baichuan.layer.*q_proj.*"])
+    tuned = tune(model, PARTS, None, None, freeze_include=[f"*{paddle}*"], freeze_exclude=["*mm_projector*"])
+    learns = {name for name, parameter in tuned.base.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[1] for name in learns} <= {"multi_modal_projector", "weight"}  # and a head of its own
+    assert "model.multi_modal_projector.linear_1.weight" in learns
 
 
 def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:

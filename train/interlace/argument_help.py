@@ -154,16 +154,3 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "push_to_hub": ((False,), "upload output_dir with `hf upload` when you have looked at it"),
     "parallelism_config": ((None,), "processes share the rows, never a row; deepspeed and fsdp share the weights"),
 }
-
-# Names from other tools whose value means the same: theirs -> ours
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "recompute": "gradient_checkpointing",
-    "model_max_length": "max_length",
-    "max_seq_length": "max_length",
-    "warmup_ratio": "warmup_steps",
-    "mm_tunable_parts": "tunable_parts",
-    "mm_projector_lr": "projector_learning_rate",
-    "mm_vision_tower_lr": "vision_tower_learning_rate",
-    "sharding": "deepspeed",  # stage1, stage2, stage3, with or without offload
-}

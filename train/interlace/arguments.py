@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from interlace.argument_help import REFUSED, RENAMED
+from interlace.argument_help import REFUSED
 from interlace.errors import InputError
+from interlace.foreign_arguments import INSTEAD, RENAMED, WITHOUT_EFFECT, translate
 from interlace.redaction import SECRET_NAME
 from interlace.sharding_arguments import sharding_problems
 
@@ -120,7 +121,10 @@ def read_json(path: Path, problems: list[str]) -> Any:
 
 def resolve(config: Mapping[str, Any], schema: Mapping[str, Any], where: Mapping[str, str]) -> tuple[Arguments, list[str]]:
     """Checks keys, types, ranges and contradictions; fills in the defaults. Returns the arguments and all problems."""
-    given, problems = {}, []
+    given: dict[str, Any] = {}
+    config, lines, problems = translate(config, where, schema)
+    if is_main_process():
+        print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     for name, value in config.items():
         place, known = where[name], RENAMED.get(name, name)
         if known != name and is_main_process():
@@ -128,7 +132,7 @@ def resolve(config: Mapping[str, Any], schema: Mapping[str, Any], where: Mapping
         if known in given:
             problems.append(f"{place}: {name} and {known} are the same key; keep one")
         elif known not in schema:
-            problems.append(f"{place}: {name}: unknown key{did_you_mean(name, [*schema, *RENAMED])}")
+            problems.append(f"{place}: {name}: unknown key{did_you_mean(name, [*schema, *RENAMED, *WITHOUT_EFFECT, *INSTEAD])}")
         else:
             problems += [f"{place}: {problem}" for problem in check_value(known, value, schema[known])]
             given[known] = value

@@ -51,6 +51,17 @@ def original_name(name: str) -> str:
     return next((original + name.removeprefix(hub) for original, hub in NAMES if name.startswith(hub)), name)
 
 
+def spellings(name: str, text_model: str) -> tuple[str, ...]:
+    """A name in memory, of a parameter or a module, in every layout: transformers', the hub's, the authors', PaddleMIX's.
+
+    Args:
+        text_model: `model_type` of the language model.
+    """
+    hub = hub_name(f"{name}.").removesuffix(".")
+    original = original_name(f"{hub}.").removesuffix(".")
+    return name, hub, original, original.replace("model.", f"{text_model}.", 1) if original.startswith("model.") else original
+
+
 def named_by_hub(name: str) -> str | None:
     """The authors' name -> the hub ports'; None for a name that the authors do not have."""
     return next((hub + name.removeprefix(original) for original, hub in NAMES if name.startswith(original)), None)

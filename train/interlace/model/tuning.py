@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from interlace.errors import InputError
 from interlace.model.families import Family, family_of, part_of, unused_vision_parameters
 from interlace.model.forward import FrozenTower, PackedModel
+from interlace.model.layouts import spellings
 
 PARTS = ("vision_tower", "projector", "language_model")
 
@@ -123,26 +124,29 @@ def tune(
 
 
 def _frozen_names(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    names = [name for name, _ in model.named_parameters()]
+    text_model = model.config.get_text_config().model_type
+    names = {name: spellings(name, text_model) for name, _ in model.named_parameters()}
+    matched: dict[str, set[str]] = {"freeze_include": set(), "freeze_exclude": set()}
     for key, patterns in (("freeze_include", include), ("freeze_exclude", exclude)):
         for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise InputError(f"{key}: {pattern!r} matches no parameter; names look like {names[0]!r} and {names[-1]!r}")
-    matched = {name for pattern in include for name in fnmatch.filter(names, pattern)}
-    return matched - {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+            found = {name for name, spelled in names.items() if fnmatch.filter(spelled, pattern)}
+            if not found:
+                raise InputError(f"{key}: {pattern!r} matches no parameter; names look like {next(iter(names))!r} and {list(names)[-1]!r}")
+            matched[key] |= found
+    return matched["freeze_include"] - matched["freeze_exclude"]
 
 
 def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[str]:
     """Full names of the linear layers an adapter goes on.
 
     Args:
-        targets: names of layers (`q_proj`) or regular expressions that match whole module names; None for all linear layers of the language model.
-            Only the language model is searched, unless the vision tower or the projector is written out in a pattern.
+        targets: names of layers (`q_proj`) or regular expressions that match whole module names, in any layout's spelling; None for all linear layers of
+            the language model. Only the language model is searched, unless the vision tower or the projector is written out in a pattern.
 
     Raises:
         InputError: a target that matches no linear layer, or no regular expression.
     """
-    family, part = family_of(model.config), part_of(model)
+    family, part, text_model = family_of(model.config), part_of(model), model.config.get_text_config().model_type
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     inside = [name for name in linear if part(name) == "language_model"]
     if targets is None:
@@ -153,8 +157,8 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
             pattern = re.compile(target)
         except re.error as error:
             raise InputError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
-        written_out = family.vision_tower in target or family.projector in target
-        matches = [name for name in (linear if written_out else inside) if pattern.fullmatch(name) or name.endswith(f".{target}")]
+        searched = linear if any(part in target for part in (family.vision_tower, family.projector, "mm_projector")) else inside
+        matches = [name for name in searched if any(map(pattern.fullmatch, spellings(name, text_model))) or name.endswith(f".{target}")]
         if not matches and family.vision_tower in target:
             raise InputError(f"lora_target_modules: {target!r}: the vision tower is frozen; add vision_tower to tunable_parts to train it")
         if not matches:
