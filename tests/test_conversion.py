@@ -339,6 +339,27 @@ def test_a_tower_from_elsewhere(tmp_path: Path, kind: str, model: PreTrainedMode
     assert_same_model(load_model(str(write_original(tmp_path / "second", kind, weights, settings)), torch.float32).eval(), model)
 
 
+def test_a_language_model_alone_gets_a_tower_and_a_new_projector(tmp_path: Path) -> None:
+    model = make_model("llava_v1_5")
+    weights, start = original_weights(model, "llava_v1_5"), "model.vision_tower.vision_tower."
+    tower = {name.removeprefix(start): tensor.contiguous() for name, tensor in weights.items() if name.startswith(start)}
+    (tmp_path / "tower").mkdir()
+    save_file(tower, tmp_path / "tower" / "model.safetensors")
+    settings = {name: value for name, value in original_settings("llava_v1_5").items() if not name.startswith(("mm_", "image_"))}
+    alone = {name: tensor for name, tensor in weights.items() if not name.startswith(("model.vision_tower", "model.mm_projector"))}
+    folder = write_original(tmp_path / "vicuna", "llava_v1_5", alone, settings | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    to_hub(str(folder), tmp_path / "hub", vision_tower=str(tmp_path / "tower"))
+    to_hub(str(folder), tmp_path / "again", vision_tower=str(tmp_path / "tower"))
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub").eval()
+    projector = {name: tensor for name, tensor in found.state_dict().items() if "multi_modal_projector" in name}
+    assert all(tensor.std() > 0 for tensor in projector.values())
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "hub" / "model.safetensors").read_bytes()
+    model.load_state_dict({**model.state_dict(), **projector})
+    assert_same_model(found, model)
+    with pytest.raises(InputError, match="A language model alone becomes a LLaVA with convert_checkpoint"):
+        load_config(str(folder))
+
+
 def test_files_are_written_one_after_the_other(tmp_path: Path, interleave: tuple[Path, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_files, "SHARD_BYTES", 100_000)
     to_hub(str(interleave[0]), tmp_path / "hub")

@@ -13,7 +13,11 @@ def main() -> None:
     parser.add_argument("--input", required=True, metavar="SRC", help="a model's folder, or a hub id")
     parser.add_argument("--output", required=True, type=Path, metavar="DST", help="new or empty")
     parser.add_argument("--to", required=True, choices=("hf", "llava"), help="hf: what transformers, vLLM and SGLang read; llava: what the authors' code reads")
-    parser.add_argument("--vision-tower", metavar="DIR", help="folder or hub id of the vision tower, where SRC holds none; default: what its config.json names")
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="folder or hub id of the vision tower, where SRC holds none; for a language model alone, which gets a new projector to be pre-trained",
+    )
     options = parser.parse_args()
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise InputError(f"{options.output} is not empty; choose a new folder")

@@ -38,7 +38,8 @@ def to_hub(source: str, output_dir: Path, vision_tower: str | None = None, progr
     folder = local_folder(source)
     original = original_of(source, vision_tower)
     if original is None:
-        raise InputError(f"{source} is in Hugging Face's layout already; expected its authors' (config.json with {', '.join(TEXT_MODELS)})")
+        wanted = f"its authors' (config.json with {', '.join(TEXT_MODELS)}), or a language model and --vision-tower"
+        raise InputError(f"{source} is in Hugging Face's layout already; expected {wanted}")
     with _whole_or_not_at_all(output_dir) as scratch:
         write_sharded(original.tensors, scratch, progress)
         save_config(original.config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[original.config.model_type], scratch)

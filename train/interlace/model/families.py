@@ -134,7 +134,10 @@ def family_of(config: PretrainedConfig) -> Family:
         InputError: `model_type` is not in the table.
     """
     if config.model_type not in FAMILIES:
-        raise InputError(f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        alone = (
+            " A language model alone becomes a LLaVA with convert_checkpoint.py --vision-tower." if config.model_type in ("llama", "qwen2", "mistral") else ""
+        )
+        raise InputError(f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}.{alone}")
     return FAMILIES[config.model_type]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 TEXT_MODELS = {"LlavaQwenForCausalLM": "qwen2", "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}  # the authors' classes
+LANGUAGE_MODELS = {"Qwen2ForCausalLM": "LlavaQwenForCausalLM", "LlamaForCausalLM": "LlavaLlamaForCausalLM", "MistralForCausalLM": "LlavaMistralForCausalLM"}
 VISION = "vision_tower.vision_model."
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 NAMES = (  # original, hub
@@ -29,6 +30,11 @@ ROWS_ADDED = 64  # what the hub ports' vocabularies have more than the originals
 def is_original(settings: Mapping[str, Any]) -> bool:
     """Whether a config.json is in the authors' layout."""
     return (settings.get("architectures") or [""])[0] in TEXT_MODELS
+
+
+def is_language_model(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a language model alone that LLaVA is made of."""
+    return (settings.get("architectures") or [""])[0] in LANGUAGE_MODELS
 
 
 def hub_name(name: str) -> str:

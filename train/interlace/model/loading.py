@@ -29,7 +29,7 @@ from interlace.data.styles import SentencePieceStyle
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import family_of
-from interlace.model.layouts import hub_name, is_original, memory_name
+from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, Original, keep_aside, open_original
 from interlace.model.processing import Processing, with_aspect_ratio
 
@@ -76,6 +76,9 @@ def local_folder(path: str) -> Path:
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
     """A model in its authors' layout, from a folder or the hub; None for Hugging Face's layout, and where nothing can be found.
 
+    Args:
+        vision_tower: see `open_original`; with it, a language model alone will do, too.
+
     Raises:
         InputError: see `open_original`.
     """
@@ -84,7 +87,8 @@ def original_of(path: str, vision_tower: str | None = None) -> Original | None:
         settings = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, HfHubHTTPError):
         return None
-    return open_original(local_folder(path), vision_tower) if is_original(settings) else None
+    is_wanted = is_original(settings) or (vision_tower is not None and is_language_model(settings))
+    return open_original(local_folder(path), vision_tower) if is_wanted else None
 
 
 def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: str | None = None) -> PretrainedConfig:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from interlace.errors import InputError
-from interlace.model.layouts import EMBEDDINGS, HEAD, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, named_by_hub, original_name
+from interlace.model.layouts import EMBEDDINGS, HEAD, LANGUAGE_MODELS, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, is_original, named_by_hub, original_name
 from interlace.model.processing import with_aspect_ratio
 from interlace.model.weight_files import PADDLE_FILE, StoredTensor, stored_tensors
 
@@ -75,7 +75,7 @@ class Original:
 
 @lru_cache(maxsize=4)
 def open_original(folder: Path, vision_tower: str | None = None) -> Original:
-    """Reads a folder in the authors' layout, weights only by their headers.
+    """Reads a folder in the authors' layout, or of a language model alone, which gets a new projector; weights only by their headers.
 
     Args:
         vision_tower: where the tower is if it is not among the weights; None: where the configuration says (a folder or a hub id).
@@ -83,10 +83,15 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     Raises:
         InputError: weights are missing or too many, have other shapes than the configuration says, or are of a kind that has no place in transformers.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors, kept = _renamed(stored_tensors(folder), folder), {}
+    settings, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), stored_tensors(folder)
+    is_bare = not is_original(settings)
+    if is_bare:
+        settings = _bare_settings(settings, vision_tower)
+    tensors, kept = _renamed(stored, folder), {}
     if not any(name.startswith(VISION) for name in tensors):
         tensors |= _tower_from(vision_tower or settings.get("mm_vision_tower") or "", folder)
+    if is_bare:
+        tensors |= _new_projector(tensors[f"{VISION}embeddings.patch_embedding.weight"].shape[0], tensors[EMBEDDINGS])
     _check_projector(settings, tensors, folder)
     is_tied = _check_head(settings, tensors, folder)
     text = _text_config(settings, is_tied)
@@ -98,6 +103,24 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     _pad_vocabulary(config, tensors, folder)
     _check_shapes(config, tensors, folder)
     return Original(folder, settings, config, tensors, kept, tokenizer)
+
+
+def _bare_settings(settings: Mapping[str, Any], vision_tower: str | None) -> dict[str, Any]:
+    """Of a language model alone, as LLaVA-1.5 begins: with a tower and a projector that has learned nothing."""
+    tower = {"mm_vision_tower": vision_tower, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
+    name = LANGUAGE_MODELS[settings["architectures"][0]]
+    model_type = {"qwen2": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[TEXT_MODELS[name]]
+    return {**settings, **tower, "architectures": [name], "model_type": model_type, "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+
+
+def _new_projector(vision_width: int, embeddings: StoredTensor) -> dict[str, StoredTensor]:
+    """Drawn as torch draws linear layers, always the same."""
+    width = embeddings.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = {"linear_1": torch.nn.Linear(vision_width, width), "linear_2": torch.nn.Linear(width, width)}
+    drawn = {f"multi_modal_projector.{layer}.{name}": values.detach() for layer, made in layers.items() for name, values in made.named_parameters()}
+    return {name: StoredTensor(tuple(values.shape), embeddings.dtype, partial(values.to, embeddings.dtype)) for name, values in drawn.items()}
 
 
 def _renamed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
