@@ -151,7 +151,7 @@ def _from_paddle(name: str, tensor: StoredTensor) -> StoredTensor:
 def _tower_from(place: str, folder: Path) -> dict[str, StoredTensor]:
     """The weights of a tower that lies elsewhere, without SigLIP's pooling and the last of its layers, which the originals leave out."""
     try:
-        source = Path(place) if Path(place).is_dir() else Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors"]))
+        source = Path(place) if Path(place).is_dir() else Path(snapshot_download(place, allow_patterns=["*.json", "model*.safetensors", "pytorch_model*.bin"]))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError) as error:
         wanted = f"the vision tower {place!r}" if place else "a vision tower"
         reason = str(error).split("\n", maxsplit=1)[0]
