@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.optimizers import create_loraplus_optimizer
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from interlace.arguments import SCHEMA_PATH
@@ -18,7 +19,7 @@ from interlace.data.sources import read_entries
 from interlace.model.forward import PackedModel, RowScores, model_inputs
 from interlace.model.loading import load_model, load_processing
 from interlace.model.losses import supervised_loss
-from interlace.model.tuning import Lora, TunedModel, tune
+from interlace.model.tuning import Lora, TunedModel, parameter_groups, tune
 from interlace.training.supervised import row_reader
 from tests.conftest import write_rows
 
@@ -271,3 +272,16 @@ def test_packed_model_refuses_to_guess_masks(tiny_dir: Path) -> None:
     model: Any = PackedModel(load_model(str(tiny_dir), torch.float32))
     assert model.config.text_config._attn_implementation == "interlace_sdpa"
     assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_lora_plus_rates_are_peft_s(tiny_dir: Path) -> None:
+    """The second matrices learn faster (arXiv 2402.12354), the projector as it is told."""
+    tuned = tune(load_model(str(tiny_dir), torch.float32), ["projector", "language_model"], Lora(4, 8, 0.0, None), None)
+    rates = {"lora_B": 16 * 1e-3, "projector": 5e-4}
+    ours = {id(parameter): group["lr"] for group in parameter_groups(tuned, lambda _: True, 0.0, 1e-3, rates) for parameter in group["params"]}  # type: ignore[attr-defined]
+    theirs = create_loraplus_optimizer(model=tuned.peft, optimizer_cls=torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)  # type: ignore[arg-type]
+    expected = {id(parameter): group["lr"] for group in theirs.param_groups for parameter in group["params"]}
+    named = {name: parameter for name, parameter in tuned.packed.named_parameters() if parameter.requires_grad}
+    assert {id(parameter) for parameter in named.values()} == set(ours)
+    for name, parameter in named.items():
+        assert ours[id(parameter)] == (expected[id(parameter)] if "lora_" in name else 5e-4), name

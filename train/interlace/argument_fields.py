@@ -54,6 +54,7 @@ class ModelFields:
     lora_path: str | None = key(None, "An adapter to continue from; its rank, alpha and targets stay.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
     use_dora: bool = key(False, "DoRA: learn magnitude and direction apart.")
+    loraplus_lr_ratio: float | None = key(None, "LoRA+: the adapter's second matrices (B) learn this many times as fast; 16 is its authors' choice.", minimum=1)
     load_in_4bit: bool = key(False, "Keep the frozen language model in 4 bits (QLoRA); needs the `quantization` extra.")
     load_in_8bit: bool = key(False, "Keep the frozen language model in 8 bits; needs the `quantization` extra.")
     tunable_parts: str | list[str] = key(

@@ -219,6 +219,7 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         (not a["lora"] and a["lora_dtype"] != "float32", "lora_dtype needs lora: true"),
         (a["lora_dtype"] != "float32" and (a["deepspeed"] or a["fsdp"]), "lora_dtype: DeepSpeed and FSDP2 keep what learns in float32; leave it out"),
         (not a["lora"] and (a["use_dora"] or a["use_rslora"]), "use_dora and use_rslora need lora: true"),
+        (not a["lora"] and a["loraplus_lr_ratio"] is not None, "loraplus_lr_ratio needs lora: true"),
         (a["eval_strategy"] != "no" and not evaluates, "eval_strategy needs dataset.eval"),
         (a["eval_on_start"] and not evaluates, "eval_on_start needs dataset.eval"),
         (a["load_best_model_at_end"] and a["eval_strategy"] == "no", "load_best_model_at_end needs eval_strategy"),

@@ -223,13 +223,14 @@ def parameter_groups(
 
     Args:
         decays: whether a parameter of `tuned.packed` decays, by name (biases and norms do not).
-        rates: part -> its own learning rate, or None for `learning_rate`.
+        rates: part -> its own learning rate, or None for `learning_rate`; `lora_B` -> that of an adapter's second matrices (LoRA+, arXiv 2402.12354).
     """
     part = part_of(tuned.base)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in tuned.packed.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part(name), decays(name)), []).append(parameter)
+            is_second = ".lora_B." in name and rates.get("lora_B") is not None
+            groups.setdefault(("lora_B" if is_second else part(name), decays(name)), []).append(parameter)
     result: list[dict[str, object]] = []
     for (name, decay), parameters in groups.items():
         rate = rates.get(name)

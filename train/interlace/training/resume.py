@@ -35,6 +35,7 @@ FIXED_KEYS = (
 )
 DATA_KEYS = (
     *("image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
+    *("prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"),
     *("packing", "per_device_train_batch_size", "max_tokens_per_batch", "share_prefix", "max_rows_per_prefix"),
 )
 # Keys that change nothing about the training: no word is lost about them

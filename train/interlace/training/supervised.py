@@ -90,7 +90,9 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     if checkpoint is not None:
         load_weights(tuned, checkpoint.folder)
     describe(tuned, train, ledger, args, arguments["share_prefix"])
-    rates = {"projector": arguments["projector_learning_rate"], "vision_tower": arguments["vision_tower_learning_rate"]}
+    rates = {part: arguments[f"{part}_learning_rate"] for part in ("projector", "vision_tower")}
+    if arguments["loraplus_lr_ratio"] is not None:
+        rates["lora_B"] = args.learning_rate * arguments["loraplus_lr_ratio"]
     about = {"data": data, "micro_batches": train.plan.world_size * train.plan.accumulation, "steps_per_epoch": train.plan.steps_per_epoch}
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
