@@ -31,7 +31,7 @@ from transformers import (
 from interlace.errors import InputError
 from interlace.model import weight_files
 from interlace.model.conversion import to_hub, to_original
-from interlace.model.loading import load_config, load_model, load_processing
+from interlace.model.loading import load_config, load_for_inference, load_model, load_processing, weights_fingerprint
 from interlace.model.merging import merge
 from interlace.model.original import open_original
 from interlace.model.tuning import PARTS, lora_targets, tune
@@ -387,6 +387,39 @@ def test_a_run_starts_from_an_original_folder(tmp_path: Path, interleave: tuple[
         assert_same_model(back.eval(), ours.eval())
         assert not all(torch.equal(tensor, base[key]) for key, tensor in ours.state_dict().items())
         assert torch.equal(load_file(tmp_path / f"{name}_original" / "model.safetensors")["model.image_newline"], torch.arange(32.0))
+
+
+def test_an_adapter_stays_with_its_base(
+    tmp_path: Path, interleave: tuple[Path, Weights], make_arguments: Callable[..., dict[str, Any]], tiny_dir: Path
+) -> None:
+    """In whichever layout the base lies; one changed weight is told."""
+    folder, rows = interleave[0], write_rows(tmp_path / "data", 8)
+    adapter, common = tmp_path / "adapter", {"max_steps": 1, "max_length": 512, "lora": True}
+    finetune(make_arguments(rows, **common, model_name_or_path=str(folder), output_dir=str(adapter)))
+    to_hub(str(folder), tmp_path / "hub")
+    assert weights_fingerprint(str(folder)) == weights_fingerprint(str(tmp_path / "hub")) != weights_fingerprint(str(tiny_dir))
+    again = {"lora_path": str(adapter), "output_dir": str(tmp_path / "again")}
+    finetune(make_arguments(rows, **common, **again, model_name_or_path=str(tmp_path / "hub")))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors")
+    open_original.cache_clear()
+    for use in (
+        lambda: merge(str(adapter), tmp_path / "merged"),
+        lambda: load_for_inference(str(adapter), torch.float32),
+        lambda: finetune(make_arguments(rows, **common, **again, model_name_or_path=str(folder), overwrite_output_dir=True)),
+    ):
+        with pytest.raises(InputError, match="was trained on other weights than"):
+            use()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_that_leaves_a_patch_out(tmp_path: Path, tiny_dir: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "port")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"vision_feature_select_strategy": "default"}))
+    with pytest.raises(InputError, match='3 tokens per image, as in early files of the hub ports; set it to "full"'):
+        load_processing(str(folder))
 
 
 def test_a_hub_id_in_the_authors_layout(tmp_path: Path, interleave: tuple[Path, Weights], monkeypatch: pytest.MonkeyPatch) -> None:

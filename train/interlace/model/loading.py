@@ -1,6 +1,7 @@
 """Models, tokenizers and image processors: loading what users have, saving what everybody can read."""
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -32,11 +33,13 @@ from interlace.model.families import family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, Original, keep_aside, open_original
 from interlace.model.processing import Processing, with_aspect_ratio
+from interlace.model.weight_files import stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
 PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_FILE = "base_model.json"  # what an adapter was trained on
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -107,6 +110,13 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
     tiling, trained = family_of(config).tiling, Path(path) / PROCESSOR_FILE
+    vision = config.vision_config
+    if tiling is None and config.vision_feature_select_strategy == "default" and vision.model_type != "clip_vision_model":
+        patches = (vision.image_size // vision.patch_size) ** 2
+        raise InputError(
+            f'{path}: vision_feature_select_strategy "default" leaves the first of {patches} patches out, but a {vision.model_type} has no class token there: '
+            f'{patches - 1} tokens per image, as in early files of the hub ports; set it to "full" in config.json'
+        )
     if tiling is not None:
         if image_aspect_ratio is None and base != path and trained.is_file():
             image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")
@@ -220,11 +230,43 @@ def load_model(
     return model
 
 
+def weights_fingerprint(path: str) -> str:
+    """A hash of the beginnings of all weights of a model, the same in whichever layout it lies; "" where they cannot be read."""
+    original = original_of(path)
+    try:
+        tensors = original.tensors if original else {hub_name(name): tensor for name, tensor in stored_tensors(local_folder(path)).items()}
+        content = hashlib.sha256()
+        for name in sorted(tensors):
+            content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
+    except (InputError, OSError, HfHubHTTPError):
+        return ""
+    return content.hexdigest()[:32]
+
+
+def check_base(adapter_path: str, base: str | None = None) -> None:
+    """Holds an adapter against the weights that it was trained on.
+
+    Args:
+        base: the model that it is to go on; None for the one that it names.
+
+    Raises:
+        InputError: the base model's weights are others.
+    """
+    kept = Path(adapter_path) / BASE_FILE
+    if not kept.is_file():
+        return
+    base = base or base_of(adapter_path)
+    trained, found = json.loads(kept.read_text(encoding="utf-8"))["weights_fingerprint"], weights_fingerprint(base)
+    if trained and found and trained != found:
+        raise InputError(f"{adapter_path} was trained on other weights than those of {base} (fingerprints {trained[:8]} and {found[:8]}); give it its own base")
+
+
 def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel | PeftModel:
     """A model, or an adapter on its base, ready for `generate`."""
     path = resolve_model_path(path)
     model = load_model(path, dtype, quantization_config)
     if (Path(path) / ADAPTER_CONFIG).is_file():
+        check_base(path)
         return PeftModel.from_pretrained(model, path).eval()
     return model.eval()
 

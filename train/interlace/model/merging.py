@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from interlace.model.loading import base_of, copy_beside, load_config, load_model, load_processing, resolve_model_path, save_model, save_processing
+from interlace.model.loading import base_of, check_base, copy_beside, load_config, load_model, load_processing, resolve_model_path, save_model, save_processing
 
 
 def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None:
@@ -18,6 +18,7 @@ def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None
     """
     adapter_path = resolve_model_path(adapter_path)
     base = base_of(adapter_path)
+    check_base(adapter_path)
     model = PeftModel.from_pretrained(load_model(adapter_path, torch.float32), adapter_path).merge_and_unload()
     stored = load_config(base).dtype or torch.float32
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,8 @@ def _pad_vocabulary(config: PretrainedConfig, tensors: dict[str, StoredTensor], 
 
     for name in (EMBEDDINGS, HEAD):
         if name in tensors:
-            tensors[name] = tensors[name].changed((rows + ROWS_ADDED, tensors[name].shape[1]), pad)
+            padded = tensors[name].changed((rows + ROWS_ADDED, tensors[name].shape[1]), pad)
+            tensors[name] = replace(padded, load_first=tensors[name].load_first)
 
 
 def _check_shapes(config: PretrainedConfig, tensors: Mapping[str, StoredTensor], folder: Path) -> None:

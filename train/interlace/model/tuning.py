@@ -34,11 +34,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model ready to train: `packed` is what gets wrapped; `tower` the frozen tower outside of it, or None if it trains; `peft` the adapter, or None."""
+    """A model ready to train: `packed` is what gets wrapped; `tower` the frozen tower outside of it, or None if it trains; `peft` the adapter, or None;
+    `base_fingerprint` says which weights an adapter is trained on."""
 
     packed: PackedModel
     tower: FrozenTower | None
     peft: PeftModel | None
+    base_fingerprint: str = ""
 
     @property
     def base(self) -> PreTrainedModel:

@@ -27,11 +27,19 @@ PADDLE_FILE = "model_state.pdparams"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in its file: its shape and type, and how to read it."""
+    """A tensor that is still in its file: its shape and type, and how to read it, or its beginning (the first entry of its first axis) alone."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    load_first: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Its beginning."""
+        if self.load_first is not None:
+            return self.load_first()
+        return self.load()[:1] if self.shape else self.load()
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +48,7 @@ class StoredTensor:
 
     def changed(self, shape: tuple[int, ...], change: Callable[[torch.Tensor], torch.Tensor]) -> "StoredTensor":
         """The same tensor, changed when it is read."""
-        return replace(self, shape=shape, load=lambda: change(self.load()))
+        return replace(self, shape=shape, load=lambda: change(self.load()), load_first=None)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -95,9 +103,16 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
+    def first(name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_slice(name)[:1]
+
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return {name: StoredTensor(tuple(part.get_shape()), _SAFETENSORS[part.get_dtype()], partial(load, name)) for name, part in slices.items()}
+        return {
+            name: StoredTensor(tuple(part.get_shape()), _SAFETENSORS[part.get_dtype()], partial(load, name), partial(first, name) if part.get_shape() else None)
+            for name, part in slices.items()
+        }
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:

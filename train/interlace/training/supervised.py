@@ -24,7 +24,16 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.attention_kernels import choose
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.liger import use_liger
-from interlace.model.loading import Processing, copy_beside, load_model, load_processing, quantization, resolve_model_path
+from interlace.model.loading import (
+    Processing,
+    check_base,
+    copy_beside,
+    load_model,
+    load_processing,
+    quantization,
+    resolve_model_path,
+    weights_fingerprint,
+)
 from interlace.model.tuning import TunedModel, tune
 from interlace.redaction import without_secrets
 from interlace.training.caching import attach_feature_cache, memory_given_back
@@ -252,6 +261,8 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     mixed = compute is not torch.float32
     # a fully tuned model is saved whole: what is frozen in it stays as it is stored, never rounded
     dtype: torch.dtype | str = "auto" if mixed and not arguments["lora"] else compute
+    if arguments["lora_path"]:
+        check_base(arguments["lora_path"], path)
     model = load_model(path, dtype, bits, arguments["trust_remote_code"], arguments["image_aspect_ratio"])
     torch.manual_seed(args.seed)
     parts, include, exclude = (list_value(arguments[name]) for name in ("tunable_parts", "freeze_include", "freeze_exclude"))
@@ -270,7 +281,7 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
         if args.device.type != "cuda":
             raise InputError("use_liger_kernel: Triton kernels need a GPU")
         use_liger(tuned.packed, arguments["liger_kernel_config"])
-    return tuned
+    return dataclasses.replace(tuned, base_fingerprint=weights_fingerprint(path)) if arguments["lora"] else tuned
 
 
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments, shares: bool) -> None:

@@ -1,5 +1,6 @@
 """The trained weights between a model and a folder: gathered from all ranks, written so that everybody can read them, loaded back exactly."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from interlace.errors import InputError
 from interlace.model.layouts import hub_name
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import BASE_FILE, Processing, save_model, save_processing
 from interlace.model.tuning import TunedModel
 
 Weights = dict[str, torch.Tensor]
@@ -59,6 +60,8 @@ def save_weights(tuned: TunedModel, weights: Weights, processing: Processing, fo
     if tuned.peft is not None:
         state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
         tuned.peft.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        about = {"base_model_name_or_path": tuned.base.name_or_path, "weights_fingerprint": tuned.base_fingerprint}
+        (folder / BASE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     else:
         save_model(tuned.base, folder, weights)
     save_processing(processing, folder)
