@@ -28,7 +28,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from interlace.data.formats import from_llava
+from interlace.data.sample import Image, Text, Turn
 from interlace.errors import InputError
+from interlace.inference.generation import load_generator
 from interlace.model import weight_files
 from interlace.model.conversion import to_hub, to_original
 from interlace.model.loading import load_config, load_for_inference, load_model, load_processing, weights_fingerprint
@@ -39,6 +42,7 @@ from interlace.model.weight_files import stored_tensors
 from interlace.training.supervised import finetune
 from tests.conftest import DEMO_MODEL, write_rows
 from tests.test_scripts import run
+from tests.test_template import write_llama_tokenizer
 
 VOCABULARY, ADDED = 1024, 64
 PINPOINTS = [[56, 112], [112, 56]]
@@ -387,6 +391,28 @@ def test_a_run_starts_from_an_original_folder(tmp_path: Path, interleave: tuple[
         assert_same_model(back.eval(), ours.eval())
         assert not all(torch.equal(tensor, base[key]) for key, tensor in ours.state_dict().items())
         assert torch.equal(load_file(tmp_path / f"{name}_original" / "model.safetensors")["model.image_newline"], torch.arange(32.0))
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+@pytest.mark.parametrize("kind", ["llava_v1_5", "llava_v1_6"])
+def test_llava_1_5_and_1_6_train_in_vicuna_s_form(tmp_path: Path, make_arguments: Callable[..., dict[str, Any]], kind: str, is_legacy: bool) -> None:
+    """From the authors' layout with LLaMA's own tokenizer file to a merged model that is asked in the same form."""
+    model = make_model(kind)
+    folder = write_original(tmp_path / "original", kind, original_weights(model, kind))
+    for file in (*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")):
+        file.unlink()
+    write_llama_tokenizer(folder, is_legacy)
+    rows, run_dir = write_rows(tmp_path / "data", 8), tmp_path / "run"
+    config = {"model_name_or_path": str(folder), "max_steps": 2, "max_length": 2000, "lora": True, "output_dir": str(run_dir), "feature_cache": "memory"}
+    finetune(make_arguments(rows, **config))
+    assert json.loads((run_dir / "prompt.json").read_text())["prompt_style"] == "vicuna_v1"
+    merge(str(run_dir), tmp_path / "merged")
+    sample = from_llava({"image": ["a", "b"], "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Two."}] * 2})
+    first, *others = [load_processing(str(place)).template.encode(sample).input_ids.tolist() for place in (folder, run_dir, tmp_path / "merged")]
+    assert others == [first, first]
+    generator = load_generator(str(tmp_path / "merged"))
+    prompt = generator.prompt([Turn("user", (Image(str(rows.parent / "pictures" / "0.png")), Text("Hi")))])
+    assert len(generator.answer([prompt], 3)) == 1
 
 
 def test_an_adapter_stays_with_its_base(

@@ -166,23 +166,20 @@ SENTENCE += "The assistant gives helpful, detailed, and polite answers to the us
 CORPUS = f"{SENTENCE} USER: What is in the image? ASSISTANT: Two cats, three dogs and a red house. def f(x):\n    return x\n 你好 图片"
 
 
+def write_llama_tokenizer(folder: Path, is_legacy: bool) -> Path:
+    """The files of a tokenizer of 420 tokens, as an original folder holds them."""
+    settings = {"vocab_size": 420, "byte_fallback": True, "character_coverage": 0.99, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    lines = iter(CORPUS.split("\n") * 20)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), model_type="bpe", minloglevel=2, **settings)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": is_legacy, **special}))
+    return folder
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["llama", "llama legacy"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """A tokenizer as LLaMA's: byte pairs with a leading space and bytes for what it does not know; as an original folder holds it."""
-    folder = tmp_path_factory.mktemp("llama")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.split("\n") * 20), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420, byte_fallback=True,
-        character_coverage=0.99, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2
-    )  # fmt: skip
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "legacy": request.param,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = write_llama_tokenizer(tmp_path_factory.mktemp("llama"), request.param)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return tokenizer
