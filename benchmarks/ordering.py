@@ -133,9 +133,7 @@ def main() -> None:
         runs = {(variant, seed): pool.submit(measure, variant, seed, folder) for seed in range(1, 1 + options.seeds) for variant in options.only}
         results = {key: found.result() for key, found in runs.items()}
     head = ["variant", "optimizer steps", "training loss at the end", "loss on test rows", "known tasks, %", *(f"{task}, %" for task in demo.NEW_TASKS)]
-    lines = [
-        f"# Order of rows and what is learned: the demo, {options.seeds} seeds, mean ± standard deviation; torch {torch.__version__}, {platform.machine()}"
-    ]
+    lines = [f"# Order of rows and what is learned: the demo, {options.seeds} seeds, mean ± standard deviation; torch {torch.__version__}"]
     lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for variant in options.only:
         found = [result for (name, _), result in results.items() if name == variant]

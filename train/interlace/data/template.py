@@ -10,11 +10,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn
-from interlace.data.styles import STYLES, ChatML, Piece, StyleName
+from interlace.data.styles import ChatML, Piece, Style, StyleName
+from interlace.data.vicuna import Plain, Vicuna
 
 IGNORE_INDEX = -100
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
 Placement = Literal["interleaved", "in_front", "mixed", "llava_next"]
+STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from interlace.data import demo
-from interlace.data.styles import SentencePieceStyle
 from interlace.data.template import ChatTemplate, LabelPolicy
+from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
 from interlace.model.families import family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
