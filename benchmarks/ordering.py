@@ -24,6 +24,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from interlace.data import demo
+from interlace.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ def train(variant: str, config: Path) -> None:
     values = json.loads(config.read_text())
     arguments, problems = resolve(values, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(values, "benchmark"))
     assert not problems, problems
-    supervised.finetune(arguments)
+    run_script(lambda: supervised.finetune(arguments))  # which ends the processes that read
 
 
 def measure(variant: str, seed: int, folder: Path) -> dict[str, Any]:
