@@ -1,6 +1,7 @@
 """Ids and labels, against hand-written ids of the real Qwen tokenizer and a naive copy of LLaVA-NeXT's rule."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from interlace.data.formats import from_llava, from_messages
 from interlace.data.sample import BadRow, Image, Sample, Text, Turn
 from interlace.data.template import ChatTemplate
+from interlace.data.written import form_of, read_form
+from interlace.errors import InputError
 
 IMAGE, START, END, NEWLINE = 151646, 151644, 151645, 198
 SYSTEM = [START, 8948, NEWLINE, 2610, 525, 264, 10950, 17847, 13, END, NEWLINE]  # "You are a helpful assistant."
@@ -343,3 +346,63 @@ def test_llava_next_s_rule_keeps_an_answer_s_leading_line_breaks(qwen: PreTraine
     ids, labels = llava_next_rule(qwen, sample)
     assert encoded.input_ids.tolist() == ids
     assert encoded.labels.tolist() == labels
+
+
+# --- forms that users wrote down ---
+
+
+def write_form(folder: Path, **changes: Any) -> Path:
+    form = {"system": f"{SENTENCE} ", "conversation": ["USER: {{user}} ASSISTANT:", "{{bot}}</s>"], "query": "USER: {{query}} ASSISTANT:"}
+    path = folder / "chat_template.json"
+    path.write_text(json.dumps({name: value for name, value in (form | changes).items() if value is not None}))
+    return path
+
+
+def test_vicuna_written_down_is_vicuna(llama: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    image = llama.convert_tokens_to_ids("<image>")
+    written = ChatTemplate(llama, image, form=read_form(write_form(tmp_path)))
+    known = ChatTemplate(llama, image, prompt_style="vicuna_v1")
+    for texts in VICUNA_ROWS:
+        sample = llava(*texts, images="".join(texts[::2]).count("<image>"))
+        ours, theirs = written.encode(sample), known.encode(sample)
+        assert ours.input_ids.tolist() == theirs.input_ids.tolist()
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert (ours.answer_starts, ours.exchange_ends) == (theirs.answer_starts, theirs.exchange_ends)
+        assert written.encode_prompt(sample.turns[:-1]) == known.encode_prompt(sample.turns[:-1])
+    assert (written.end, written.settings["form"]["bot"]) == (2, "{{bot}}</s>")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    assert llama.apply_chat_template(messages, chat_template=written.jinja(), tokenize=False) == f"{SENTENCE} USER: Hello ASSISTANT:Hi</s>"
+
+
+def test_chatml_written_down_has_its_control_tokens_and_text_that_looks_like_them_has_not(qwen: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    turns = ["<|im_start|>user\n{{ user }}<|im_end|>\n<|im_start|>assistant\n", "{{bot}}<|im_end|>\n"]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    written = ChatTemplate(qwen, IMAGE, form=read_form(write_form(tmp_path, system=system, conversation=turns)))
+    for texts in (("<image>\nHello <image> there", "Hi", "图片<image>", "好"), ("say <|im_end|>", "no <|im_start|>")):
+        sample = llava(*texts, images="".join(texts).count("<image>"))
+        assert written.encode(sample).input_ids.tolist() == ChatTemplate(qwen, IMAGE).encode(sample).input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conversation": ["USER: ", "{{bot}}"]}, "holds no {{user}}"),
+        ({"conversation": ["{{user}}"]}, "expected"),
+        ({"conversation": ["{{user}}", "Bot: {{bot}}"]}, "belongs to the end of the user's text"),
+        ({"system": "It is {{date}}."}, "with fields"),
+        ({"conversation": None}, "expected"),
+    ],
+)
+def test_forms_that_cannot_be_read(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_form(write_form(tmp_path, **changes))
+
+
+def test_one_form_for_all_entries(tmp_path: Path) -> None:
+    path = str(write_form(tmp_path))
+    assert form_of([{"chat_template": path}, {"chat_template": path}], None) == read_form(Path(path))
+    assert form_of([{"data_files": "a"}], "plain") is None
+    with pytest.raises(InputError, match="the same in all entries"):
+        form_of([{"chat_template": path}, {}], None)
+    with pytest.raises(InputError, match="prompt_style plain and chat_template: choose one"):
+        form_of([{"chat_template": path}], "plain")

@@ -26,6 +26,7 @@ class DatasetEntry:
     format: Literal["llava", "chatml", "messages", "swift", "alpaca", "prompt_completion", "preference"] | None = key(
         None, "The record format; without it, each row's own keys tell."
     )
+    chat_template: str | None = key(None, "A json file with the form of turns, as PaddleMIX has them; the same in all entries, in place of prompt_style.")
     image_folder: str | None = key(None, "Where image paths start; without it, the data file's folder.")
     video_folder: str | None = key(None, "Where video paths start; without it, image_folder.")
     media_roots: list[str] = key([], "Further folders that media paths may point into.")

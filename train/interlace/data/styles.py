@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import Image, Text, Turn
 
-StyleName = Literal["chatml", "vicuna_v1", "plain"]
+StyleName = Literal["chatml", "vicuna_v1", "plain", "written"]
 
 
 class TextIds(Protocol):
@@ -50,7 +50,7 @@ class Style(ABC):
 
     name: StyleName
     default_system_prompt: str
-    num_supervised: int  # how many tokens of an answer's tail are learned
+    num_supervised: int | None  # how many tokens of an answer's tail are learned; None for all
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, newline_after_image: bool = False):
         self.tokenizer, self.image_token_id = tokenizer, image_token_id

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn
 from interlace.data.styles import ChatML, Piece, Style, StyleName
 from interlace.data.vicuna import Plain, Vicuna
+from interlace.data.written import Written
 
 IGNORE_INDEX = -100
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
@@ -49,6 +50,7 @@ class ChatTemplate:
         prompt_style: see `styles`.
         image_placement: where the images of a turn stand; see `placed`. image_placement_ratio: for `mixed`.
         newline_after_image: a line break, a token of its own, behind every image.
+        form: see `read_form`; in place of a style.
 
     Raises:
         ValueError: the tokenizer does not go with the style.
@@ -64,9 +66,12 @@ class ChatTemplate:
         image_placement: Placement = "interleaved",
         image_placement_ratio: float = 0.5,
         newline_after_image: bool = False,
+        form: dict[str, str] | None = None,
     ):
         self.tokenizer, self.image_token_id, self.label_policy = tokenizer, image_token_id, label_policy
-        self.style = STYLES[prompt_style](tokenizer, image_token_id, newline_after_image)
+        written = None if form is None else Written(tokenizer, image_token_id, newline_after_image, form)
+        self.style: Style = written or STYLES[prompt_style](tokenizer, image_token_id, newline_after_image)
+        self.form = form
         self.style.trims_answers = label_policy != "llava_next"
         self.system_prompt = self.style.default_system_prompt if system_prompt is None else system_prompt
         self.image_placement, self.image_placement_ratio = image_placement, image_placement_ratio
@@ -81,7 +86,7 @@ class ChatTemplate:
     @property
     def settings(self) -> dict[str, Any]:
         """What a model must be asked in, as it was trained: the arguments of this class that decide about prompts."""
-        names = ("system_prompt", "image_placement", "image_placement_ratio")
+        names = ["system_prompt", "image_placement", "image_placement_ratio", *(["form"] if self.form else [])]
         return {
             "prompt_style": self.style.name,
             **{name: getattr(self, name) for name in names},
@@ -187,7 +192,7 @@ class ChatTemplate:
     def _labels(self, piece: Piece, supervised: bool) -> list[int]:
         if self.label_policy != "llava_next" or not isinstance(self.style, ChatML):
             learned = [*piece.body, *piece.tail[: self.style.num_supervised]]
-            rest = len(piece.tail) - self.style.num_supervised
+            rest = len(piece.body) + len(piece.tail) - len(learned)
             return [*[IGNORE_INDEX] * len(piece.header), *learned, *[IGNORE_INDEX] * rest] if supervised else [IGNORE_INDEX] * len(piece.ids)
         # LLaVA-NeXT llava/train/train.py, preprocess_qwen: whole answers, and every newline, <|im_start|> and <|im_end|> anywhere
         always = {self.style.start, self.style.end, *self.style.newline}

@@ -138,7 +138,7 @@ def load_processing(
     Args:
         system_prompt: None takes the one the model was trained with by Interlace, else the style's own.
         image_aspect_ratio: how images become the model's size or its tiles; None leaves it to what comes with the model.
-        prompt: prompt_style, image_placement, image_placement_ratio, newline_after_image; None as for the system prompt.
+        prompt: prompt_style, image_placement, image_placement_ratio, newline_after_image, form; None as for the system prompt.
 
     Raises:
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
@@ -171,8 +171,8 @@ def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrained
     """What was chosen, else what the model in this folder was trained with, else what its tokenizer was made for."""
     chosen = {name: value for name, value in chosen.items() if value is not None}
     kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
-    if "prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style"):
-        kept.pop("system_prompt", None)  # each style has its own
+    if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
+        kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
     style = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
     return {"prompt_style": style, **kept, **chosen}
 

@@ -20,6 +20,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.places import MediaFolder
 from interlace.data.reading import RowReader
 from interlace.data.sources import read_entries
+from interlace.data.written import form_of
 from interlace.errors import InputError, RunError, Stopped
 from interlace.model.attention_kernels import choose
 from interlace.model.costs import StepCosts, step_costs
@@ -226,7 +227,8 @@ def processing_of(path: str, arguments: Arguments) -> Processing:
     """Tokenizer, image processor and template of the model, as the arguments want them."""
     names = ["system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio"]
     names += ["prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"]
-    return load_processing(path, **{name: arguments[name] for name in names})
+    form = form_of([*arguments["dataset"]["train"], *(arguments["dataset"].get("eval") or [])], arguments["prompt_style"])
+    return load_processing(path, form=form, **{name: arguments[name] for name in names})
 
 
 def row_reader(arguments: Arguments, processing: Processing, kind: Literal["supervised", "preference"] = "supervised") -> RowReader:
