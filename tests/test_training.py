@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -55,7 +56,16 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(make_arguments: Ma
     finetune(arguments)
     folder = Path(arguments["output_dir"])
     names = {path.name for path in folder.iterdir()}
-    expected = {"arguments.json", "environment.json", "ledger.json", "trainer_state.json", "train_results.json", "training_curves.png", "chat_template.jinja"}
+    expected = {
+        "arguments.json",
+        "environment.json",
+        "ledger.json",
+        "trainer_state.json",
+        "train_results.json",
+        "training_curves.png",
+        "chat_template.jinja",
+        "README.md",
+    }
     expected |= {"tokenizer.json", "preprocessor_config.json", "checkpoint-6", "checkpoint-12"}
     expected |= {"adapter_config.json", "adapter_model.safetensors"} if changes else {"config.json", "model.safetensors"}
     assert expected <= names
@@ -391,3 +401,26 @@ def test_a_fully_tuned_model_keeps_frozen_weights_as_they_were_stored(make_argum
     before, after = weights(tiny_dir), weights(arguments["output_dir"])
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if "projector" not in name}
+
+
+def test_the_model_card_says_where_the_model_comes_from(make_arguments: Callable[..., dict[str, Any]], rows_file: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    (base / "LICENSE").write_text("for research")
+    changes = {"model_name_or_path": str(base), "lora": True, "lora_rank": 4, "dataset": {"train": [{"data_files": str(rows_file), "weight": 0.5}]}}
+    finetune(make_arguments(rows_file, **changes, max_steps=2))
+    card = (tmp_path / "run" / "README.md").read_text()
+    front, body = card.split("---\n")[1:]
+    assert yaml.safe_load(front)["base_model"] == "base"
+    assert yaml.safe_load(front)["library_name"] == "peft"
+    for line in (
+        "- `rows.json`, weight 0.5",
+        "24 rows: 24 trained as they are, 0 shortened, 0 skipped (`ledger.json`)",
+        "2 optimizer steps on a CPU",
+        "| `lora_rank` | `4` |",
+    ):
+        assert line in body
+    assert "(LICENSE)" in body
+    assert "evaluation loss" not in body
+    assert str(tmp_path) not in card
+    finetune(make_arguments(rows_file, output_dir=str(tmp_path / "full"), max_steps=1))
+    assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()

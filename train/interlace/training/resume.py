@@ -26,7 +26,7 @@ from interlace.training.checkpoint import (
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE
 
 RESULTS = (STATE_FILE, "train_results.json", "all_results.json", "training_curves.png")
-RECORDS = ("arguments.json", "environment.json", "ledger.json", "loss_spikes.jsonl", "wandb_run_id.txt", *RESULTS)
+RECORDS = ("arguments.json", "environment.json", "ledger.json", "loss_spikes.jsonl", "wandb_run_id.txt", "README.md", *RESULTS)
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 # What else decides which weights train and how a row becomes numbers; rows, their order and their number per step are held against the plan's fingerprint
 FIXED_KEYS = (

@@ -40,6 +40,7 @@ from interlace.redaction import without_secrets
 from interlace.training.caching import attach_feature_cache, memory_given_back
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.lock import FolderLock
+from interlace.training.model_card import write_model_card
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.outline import empty_model, new_adapter
 from interlace.training.planning import evaluation_plan, tokens_of, training_plan
@@ -144,6 +145,7 @@ def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: di
             copy_beside(path, output_dir)
             trainer.save_metrics("train", metrics)
             draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
+            write_model_card(output_dir, trainer.state.log_history, trainer.state.global_step)
             write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")
             report(trainer, output_dir, metrics)
     except (OSError, SafetensorError) as error:
