@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -424,3 +426,36 @@ def test_the_model_card_says_where_the_model_comes_from(make_arguments: Callable
     assert str(tmp_path) not in card
     finetune(make_arguments(rows_file, output_dir=str(tmp_path / "full"), max_steps=1))
     assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_only_the_model_is_uploaded_and_only_when_the_user_asks(
+    make_arguments: Callable[..., dict[str, Any]], rows_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, name, **settings: calls.append((name, settings)) or RepoUrl(f"https://huggingface.co/me/{name.removeprefix('me/')}")
+    )
+
+    def upload(self: HfApi, **settings: Any) -> None:
+        names = (str(path.relative_to(settings["folder_path"])) for path in Path(settings["folder_path"]).rglob("*") if path.is_file())
+        calls.append((self.token, list(filter_repo_objects(names, allow_patterns=settings["allow_patterns"], ignore_patterns=settings["ignore_patterns"]))))
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    finetune(make_arguments(rows_file, max_steps=1))
+    assert not calls
+    run_dir, common = tmp_path / "published", {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "lora": True, "push_to_hub": True}
+    finetune(make_arguments(rows_file, **common, output_dir=str(run_dir), hub_private_repo=True, hub_token="hf_secret"))
+    assert calls[0] == ("published", {"private": True, "exist_ok": True})
+    token, names = calls[1]
+    assert token == "hf_secret"
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer_config.json", "preprocessor_config.json", "prompt.json"} <= set(names)
+    assert not [name for name in names if "/" in name or name in ("arguments.json", "environment.json", "ledger.json", "trainer_state.json")]
+    assert "uploaded to" in capsys.readouterr().out
+
+    def refuse(self: HfApi, **_: Any) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    finetune(make_arguments(rows_file, **common, output_dir=str(tmp_path / "later"), hub_model_id="me/mine"))
+    assert "could not be uploaded to me/mine: no route to the hub; later: hf upload me/mine" in capsys.readouterr().out
+    assert (tmp_path / "later" / "adapter_model.safetensors").is_file()

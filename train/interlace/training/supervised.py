@@ -44,6 +44,7 @@ from interlace.training.model_card import write_model_card
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.outline import empty_model, new_adapter
 from interlace.training.planning import evaluation_plan, tokens_of, training_plan
+from interlace.training.publishing import publish
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
@@ -119,6 +120,8 @@ def _finetune(arguments: Arguments, ranks: Ranks, watch: Watch, signals: StopSig
     trainer.finish_saving()
     if trainer.state.global_step >= total_steps and trainer.stop_code is None:  # else an evaluation, or the best checkpoint, may be missing
         save_result(trainer, path, output_dir, result.metrics)
+        if arguments["push_to_hub"] and ranks.is_main:
+            publish(output_dir, arguments, say)
     else:
         assert trainer.stop_code is not None
         raise early_end(trainer.state.global_step, int(total_steps), ranks.on_main(lambda: newest_step(output_dir)), trainer.stop_code)
@@ -209,7 +212,8 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
     values["disable_tqdm"] = bool(values["disable_tqdm"])
     if values["dataloader_num_workers"] == 0:
         values["dataloader_persistent_workers"] = False
-    values["use_liger_kernel"] = False  # ours to apply: Hugging Face looks for a model of its own
+    # ours to do: Hugging Face looks for a model of its own, and uploads every checkpoint
+    values["use_liger_kernel"] = values["push_to_hub"] = False
     transformers.logging.set_verbosity_error()
     if values["deepspeed"]:
         values["deepspeed"] = deepspeed_settings(values["deepspeed"], values["optim"])
