@@ -10,9 +10,11 @@ from interlace.arguments import Arguments
 from interlace.model.loading import LICENCE_FILES
 
 # What makes the model; the run's records hold paths of the machine it was made on
-PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "base_model.json")
-PUBLISHED += ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "processor_config.json")
-PUBLISHED += ("chat_template.jinja", "prompt.json", "llava_config.json", "README.md", "training_curves.png", *LICENCE_FILES)
+PUBLISHED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "base_model.json", "llava_config.json"),
+    *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "prompt.json"),
+    *("preprocessor_config.json", "processor_config.json", "README.md", "training_curves.png", *LICENCE_FILES),
+)
 
 
 def publish(output_dir: Path, arguments: Arguments, say: Callable[[str], None]) -> None:
