@@ -28,7 +28,9 @@ KINDS = ("off", "memory", "disk", "auto")
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """What a run says and takes, without what an earlier one kept on disk."""
     command = [sys.executable, str(Path(__file__).with_name("training.py")), "--measure", "interlace", json.dumps(vars(case)), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
     said = [line.removeprefix("feature cache: ") for line in (done.stdout + done.stderr).splitlines() if line.startswith("feature cache: ")]
     return json.loads(done.stdout.splitlines()[-1]) | {"said": said[0] if said else ""}
 

@@ -40,13 +40,17 @@ def main() -> None:
         }
         (folder / "config.json").write_text(json.dumps(config))
         marks = folder / "marks"
-        child = (
-            f"import runpy, sys, time; from pathlib import Path; sys.argv = ['supervised_finetune.py', {str(folder / 'config.json')!r}]\n"
-            "from interlace.training import supervised\n"
-            "ready = time.time()\n"
-            f"runpy.run_path({str(ROOT / 'train' / 'supervised_finetune.py')!r}, run_name='__main__')\n"
-            f"Path({str(marks)!r}).write_text(f'{{ready}} {{time.time()}}')"
-        )
+        child = f"""
+import runpy, sys, time
+from pathlib import Path
+sys.argv = ["supervised_finetune.py", {str(folder / "config.json")!r}]
+from interlace.training import supervised
+ready = time.time()
+try:
+    runpy.run_path({str(ROOT / "train" / "supervised_finetune.py")!r}, run_name="__main__")
+finally:
+    Path({str(marks)!r}).write_text(f"{{ready}} {{time.time()}}")
+"""
         start = time.time()
         subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         whole = time.time() - start

@@ -286,6 +286,7 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
             "max_length": 100_000,
             "cache_dir": str(folder / "cache"),
             "preprocessing_num_workers": 0,
+            "overwrite_output_dir": True,
         }
     )
     arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "benchmark"))
@@ -302,7 +303,8 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
     supervised.guarded_trackers, FrozenTower.features = trackers, counted  # type: ignore[method-assign, assignment]
     supervised.finetune(arguments)
     steps = len(meter.seconds) // case.epochs
-    return {"first": meter.result(slice(0, steps), len(rows)), "cached": meter.result(slice(steps, None), len(rows))}
+    epochs = [meter.result(slice(epoch * steps, (epoch + 1) * steps), len(rows)) for epoch in range(case.epochs)]
+    return dict(zip(("first", "cached"), epochs, strict=False))
 
 
 # --- the others ---
