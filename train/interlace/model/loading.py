@@ -40,6 +40,7 @@ PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system pro
 PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
+OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -71,9 +72,13 @@ def base_of(path: str) -> str:
     return resolve_model_path(base)
 
 
-def local_folder(path: str) -> Path:
-    """The folder of a model: itself, or where the hub's files are kept, fetched first if need be."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+def local_folder(path: str, may_fetch: bool = True) -> Path:
+    """The folder of a model: itself, or where the hub's files are kept, fetched first if need be.
+
+    Raises:
+        OSError: nothing is kept, and nothing may or can be fetched.
+    """
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
 
 
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
@@ -234,7 +239,8 @@ def weights_fingerprint(path: str) -> str:
     """A hash of the beginnings of all weights of a model, the same in whichever layout it lies; "" where they cannot be read."""
     original = original_of(path)
     try:
-        tensors = original.tensors if original else {hub_name(name): tensor for name, tensor in stored_tensors(local_folder(path)).items()}
+        stored = {} if original else stored_tensors(local_folder(path, may_fetch=False))
+        tensors = original.tensors if original else {hub_name(name): tensor for name, tensor in stored.items()}
         content = hashlib.sha256()
         for name in sorted(tensors):
             content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
