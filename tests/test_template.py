@@ -329,6 +329,9 @@ def test_mixed_puts_a_share_of_the_rows_in_front_and_always_the_same(qwen: PreTr
         template = ChatTemplate(qwen, IMAGE, image_placement="mixed", image_placement_ratio=ratio)
         found = [shown(template, sample).startswith("<image>") for sample in samples]
         assert found == [shown(template, sample).startswith("<image>") for sample in samples]
+        for sample in samples[:40]:
+            prompt = template.encode_prompt(sample.turns[:-1])
+            assert template.encode(sample).input_ids.tolist()[: len(prompt)] == prompt
         assert abs(sum(found) / 400 - ratio) < 0.07
 
 

@@ -199,10 +199,11 @@ class ChatTemplate:
         return [token if supervised or token in always else IGNORE_INDEX for token in piece.ids]
 
     def _placement_of(self, turns: Sequence[Turn]) -> Placement:
-        """`mixed` draws a row's form from what is in it: the same in every run."""
+        """`mixed` draws a row's form from its first question, which a prompt and the row that it begins have in common: the same in every run."""
         if self.image_placement != "mixed":
             return self.image_placement
-        content = "\0".join(part.text if isinstance(part, Text) else part.path for turn in turns for part in turn.parts)
+        first = next((turn.parts for turn in turns if turn.role == "user"), ())
+        content = "\0".join(part.text if isinstance(part, Text) else part.path for part in first)
         share = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8]) / 2**64
         return "in_front" if share < self.image_placement_ratio else "interleaved"
 

@@ -116,16 +116,14 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:
-    def tensors() -> dict[str, torch.Tensor]:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]  # older than torch 1.6
-
-    found = {name: tensor for name, tensor in tensors().items() if isinstance(tensor, torch.Tensor)}
-    return {name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda name=name: tensors()[name]) for name, tensor in found.items()}  # type: ignore[misc]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # what is not used stays in the file
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        content = torch.load(path, map_location="cpu", weights_only=True)  # older than torch 1.6
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return {name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
 
 
 # --- Paddle: a pickle of {name: numpy array} ---

@@ -289,7 +289,7 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
         if args.device.type != "cuda":
             raise InputError("use_liger_kernel: Triton kernels need a GPU")
         use_liger(tuned.packed, arguments["liger_kernel_config"])
-    return dataclasses.replace(tuned, base_fingerprint=weights_fingerprint(path)) if arguments["lora"] else tuned
+    return dataclasses.replace(tuned, base_fingerprint=weights_fingerprint(path)) if arguments["lora"] and args.process_index == 0 else tuned
 
 
 def describe(tuned: TunedModel, train: PlannedRows, ledger: Ledger, args: TrainingArguments, shares: bool) -> None:
