@@ -29,7 +29,7 @@ from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.data.demo import MODEL
 from interlace.data.template import ChatTemplate
 from interlace.model.loading import Processing, save_model, save_processing
-from interlace.training import checkpoint, durable, resume, supervised
+from interlace.training import checkpoint, durable, resume, run, supervised
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 5
@@ -53,7 +53,7 @@ def make_model(folder: Path) -> int:
     folder.mkdir()
     save_model(model, folder)
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, ids["<image>"]), config, 4), folder)
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, ids["<image>"]), config), folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -78,8 +78,8 @@ def ours(model: Path, folder: Path) -> Seconds:
     trainer.finish_saving = timed(seconds, "waits for the one before", trainer.finish_saving)  # type: ignore[method-assign]
     trainer._restore_optimizer = timed(seconds, "load optimizer", trainer._restore_optimizer)  # type: ignore[method-assign]
     checkpoint.Saver._write = timed(seconds, "until safe", checkpoint.Saver._write)  # type: ignore[method-assign]
-    supervised.find_checkpoint = timed(seconds, "check", resume.find_checkpoint)
-    supervised.load_weights = timed(seconds, "load weights", supervised.load_weights)
+    run.find_checkpoint = timed(seconds, "check", resume.find_checkpoint)
+    run.load_weights = timed(seconds, "load weights", run.load_weights)
     config = {
         **{"model_name_or_path": str(model), "output_dir": str(folder), "dataset": {"train": [{"data_files": "demo", "split": "validation"}]}},
         **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "resume_from_checkpoint": True, "use_cpu": True},

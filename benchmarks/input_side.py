@@ -124,7 +124,7 @@ def make_model_folder(folder: Path) -> Any:
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full")
     config.architectures = ["LlavaForConditionalGeneration"]
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, IMAGE), config, IMAGE_TOKENS), folder)
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, IMAGE), config), folder)
     config.save_pretrained(folder)
     return tokenizer
 

@@ -26,7 +26,7 @@ from interlace.data.dataset import open_rows
 from interlace.data.packing import Plan, PlanSampler
 from interlace.data.sources import read_entries
 from interlace.model.loading import resolve_model_path
-from interlace.training.supervised import processing_of, row_reader
+from interlace.training.parts import processing_of, row_reader
 
 WORDS = [
     *[

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -111,7 +111,7 @@ CASES = {
 def make_folder(case: Case, folder: Path) -> None:
     """Model, adapter, images and rows."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    config, tokens = make_config(case, tokenizer), (case.side // PATCH) ** 2
+    config = make_config(case, tokenizer)
     image_token_id = config.image_token_id
     torch.manual_seed(0)
     with torch.device(case.device):
@@ -121,7 +121,7 @@ def make_folder(case: Case, folder: Path) -> None:
     (folder / "model").mkdir()
     save_model(model, folder / "model")
     images = SiglipImageProcessorPil(size={"height": case.side, "width": case.side})
-    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, image_token_id), config, tokens), folder / "model")
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, image_token_id), config), folder / "model")
     torch.manual_seed(7)
     settings = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, settings).save_pretrained(folder / "adapter")
@@ -265,7 +265,7 @@ def settings(case: Case, output_dir: Path) -> dict[str, Any]:
 def interlace(case: Case, folder: Path) -> dict[str, Any]:
     """Epochs through `finetune`: the first fills the cache of features, the second finds them."""
     from interlace.data.packing import Plan
-    from interlace.training import planning, supervised
+    from interlace.training import planning, run, supervised
 
     meter, rows = Meter(case), rows_of(case, folder)
     planning.Plan = functools.partial(Plan, shuffle=False)  # type: ignore[misc, assignment]
@@ -291,16 +291,16 @@ def interlace(case: Case, folder: Path) -> dict[str, Any]:
     )
     arguments, problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "benchmark"))
     assert not problems, problems
-    original, features = supervised.guarded_trackers, FrozenTower.features
+    original, features = run.guarded_trackers, FrozenTower.features
 
     def trackers(*values: Any) -> list[Any]:
         return [*original(*values), meter]
 
-    def counted(tower: FrozenTower, pixel_values: torch.Tensor) -> torch.Tensor:
+    def counted(tower: FrozenTower, pixel_values: torch.Tensor, grids: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
         meter.images += len(pixel_values)
-        return features(tower, pixel_values)
+        return features(tower, pixel_values, grids)
 
-    supervised.guarded_trackers, FrozenTower.features = trackers, counted  # type: ignore[method-assign, assignment]
+    run.guarded_trackers, FrozenTower.features = trackers, counted  # type: ignore[method-assign, assignment]
     supervised.finetune(arguments)
     steps = len(meter.seconds) // case.epochs
     epochs = [meter.result(slice(epoch * steps, (epoch + 1) * steps), len(rows)) for epoch in range(case.epochs)]

@@ -113,7 +113,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, demo_tokenizer: PreTraine
     folder = tmp_path_factory.mktemp("tiny_llava")
     save_model(model, folder)
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    save_processing(Processing(demo_tokenizer, images, ChatTemplate(demo_tokenizer, config.image_token_id), config, IMAGE_TOKENS), folder)
+    save_processing(Processing(demo_tokenizer, images, ChatTemplate(demo_tokenizer, config.image_token_id), config), folder)
     return folder
 
 

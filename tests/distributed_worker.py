@@ -15,19 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from transformers import TrainerCallback
 
+from interlace.data.dataset import load_rows
 from interlace.data.packing import MicroBatch, Plan
+from interlace.data.sources import read_entries
 from interlace.model.costs import step_costs
 from interlace.model.loading import resolve_model_path
-from interlace.training import supervised
+from interlace.training import parts
 from interlace.training.checkpoint import Saver
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model
+from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.sharding import start_processes
 from interlace.training.stopping import StopSignals
-from interlace.training.trainer import PackedTrainer, PlannedRows
+from interlace.training.trainer import PackedTrainer
 from interlace.training.watch import Watch
 
 
@@ -114,16 +117,16 @@ def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     start_processes(arguments)
     ranks = Ranks()
     survival = Survival(ranks, Watch(ranks, 600), StopSignals(), Saver(Path(arguments["output_dir"]), ranks.rank, ranks.world_size, {}))
-    args = supervised.training_arguments(arguments)
+    args = parts.training_arguments(arguments)
     path = resolve_model_path(arguments["model_name_or_path"])
-    processing = supervised.processing_of(path, arguments)
-    reader = supervised.row_reader(arguments, processing)
-    rows, _ = supervised.load_rows(supervised.read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, False)
-    tuned = supervised.load_tuned_model(path, arguments, args)
+    processing = parts.processing_of(path, arguments)
+    reader = parts.row_reader(arguments, processing)
+    rows, _ = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, False)
+    tuned = parts.load_tuned_model(path, arguments, args)
     wake_adapter(tuned.packed)
     config, costs = processing.config, step_costs(empty_model(processing.config, arguments))
     train = PlannedRows(rows, GivenPlan(case["steps"]) if "steps" in case else training_plan(rows, config, costs, arguments, args))
-    evaluation = supervised.evaluation_rows(arguments, reader, config, costs, args)
+    evaluation = parts.evaluation_rows(arguments, reader, config, costs, args)
     keeper = Keeper(case)
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper], survival)
     keeper.trainer = trainer

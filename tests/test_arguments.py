@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from interlace import argument_schema
 from interlace.argument_help import HUGGING_FACE_KEYS, REFUSED
-from interlace.arguments import SCHEMA_PATH, read_command_line
+from interlace.arguments import SCHEMA_PATH, read_command_line, resolve
 from interlace.errors import InputError
 from interlace.foreign_arguments import INSTEAD, RENAMED, WITHOUT_EFFECT
 from interlace.redaction import without_secrets
@@ -256,15 +257,74 @@ def test_secrets_are_left_out() -> None:
     assert without_secrets({"hub_token": "hf_x", "seed": 1}) == {"seed": 1}
 
 
+@pytest.mark.parametrize("script", ["supervised_finetune.py", "preference_finetune.py"])
 @pytest.mark.parametrize("words", [["--help"], ["missing.json"]])
-def test_help_and_errors_answer_without_heavy_imports(words: list[str]) -> None:
+def test_help_and_errors_answer_without_heavy_imports(words: list[str], script: str) -> None:
     start = time.perf_counter()
     code = "import sys, runpy\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nfinally:\n    print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train/supervised_finetune.py", *words], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": "train"}
-    )
+    done = subprocess.run([sys.executable, "-c", code, f"train/{script}", *words], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": "train"})
     assert time.perf_counter() - start < 60  # a hang guard; the promise of 2 seconds rests on the line below
     assert done.stdout.strip().endswith("False")
     assert done.returncode == (0 if words == ["--help"] else 2)
     if words == ["--help"]:
-        assert all(f"--{key} " in done.stdout for key in SCHEMA["properties"] if key != "$schema")
+        shown = {key for key in SCHEMA["properties"] if f"--{key} " in done.stdout}
+        pairs = {key for key, spec in SCHEMA["properties"].items() if spec.get("group") == "Preference tuning"}
+        assert shown == set(SCHEMA["properties"]) - {"$schema"} - (pairs if script.startswith("supervised") else set())
+
+
+# --- preference tuning ---
+
+
+def resolved(kind: Any, **changes: Any) -> tuple[dict[str, Any], list[str]]:
+    config = {"model_name_or_path": "demo", "output_dir": "out", "dataset": {"train": [{"data_files": "demo"}]}, **changes}
+    return resolve(config, SCHEMA["properties"], dict.fromkeys(config, "config.json"), kind)
+
+
+def test_defaults_of_preference_tuning_are_those_of_trl() -> None:
+    from trl import DPOConfig
+
+    theirs = {item.name: item.default if item.default is not MISSING else item.default_factory() for item in fields(DPOConfig)}
+    pairs = {key for key, spec in SCHEMA["properties"].items() if spec.get("group") == "Preference tuning"} - {"reference_dir", "ablation_pairs"}
+    ours, problems = resolved("preference")
+    assert not problems
+    for key in (*pairs, "learning_rate"):
+        assert ours[key] == theirs[key], key
+    assert resolved("supervised")[0]["learning_rate"] == 5e-5
+    known = set(SCHEMA["properties"]) | set(RENAMED) | set(WITHOUT_EFFECT)
+    assert {item.name for item in fields(DPOConfig)} <= known  # every key of TRL's is taken, or answered
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"beta": 0}, "beta: expected more than 0"),
+        ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'?"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 of loss_type"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "label_smoothing: expected less than 0.5"),
+        ({"loss_type": ["exo_pair"]}, "label_smoothing: expected between 0 and 1"),
+        ({"loss_type": ["exo_pair"], "label_smoothing": 1.0}, "label_smoothing: expected between 0 and 1"),
+        ({"label_smoothing": 0.1}, "label_smoothing: does nothing with loss_type sigmoid"),
+        ({"loss_type": ["aot"], "f_divergence_type": "forward_kl"}, "f_divergence_type goes with"),
+        ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting"),
+        ({"reference_dir": "x"}, "reference_dir needs precompute_ref_log_probs"),
+        ({"share_prefix": True}, "share_prefix: both answers of a pair share"),
+        ({"sync_ref_model": True}, "sync_ref_model: True cannot be honoured"),
+        ({"padding_free": True}, "padding_free: True cannot be honoured"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode: 'keep_end' cannot be honoured"),
+    ],
+)
+def test_what_trl_would_refuse_or_leave_out_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert any(expected in problem for problem in resolved("preference", **changes)[1])
+
+
+def test_pair_keys_are_refused_where_they_would_do_nothing_and_llava_next_weights_are_read() -> None:
+    assert any("beta: of preference tuning" in problem for problem in resolved("supervised", beta=0.2)[1])
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "metric_for_best_model": "eval_rewards/margins"}
+    best |= {"dataset": {"train": [{"data_files": "demo"}], "eval": [{"data_files": "demo"}]}}
+    assert not resolved("preference", **best)[1]
+    assert any("metric_for_best_model: expected eval_loss or eval_token_accuracy; got" in problem for problem in resolved("supervised", **best)[1])
+    assert not resolved("supervised", beta=0.1)[1]  # as in the arguments.json of every run
+    arguments, problems = resolved("preference", dpo_alpha=0.5, gamma=0.1)
+    assert not problems
+    assert (arguments["loss_type"], arguments["loss_weights"]) == (["sigmoid", "sft"], [0.5, 0.1])
+    assert resolved("preference", dpo_alpha=1.0, gamma=0)[0]["loss_type"] == ["sigmoid"]

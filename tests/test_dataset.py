@@ -499,7 +499,10 @@ def test_preference_rows_are_a_prompt_and_two_answers(tmp_path: Path, reader: Ro
         labels = [*[-100] * len(prompt), *answer.tolist()]
         assert labels == single.encoded.labels[: len(both)].tolist()
     assert row.length == len(row.encoded.input_ids) + 3
-    own = {"image": "x.png", "rejected_images": ["x.png"], "query": "<image>q", "response": "yes", "rejected_response": "no"}
+    picture(tmp_path / "y.png")
+    own = {"image": "x.png", "rejected_images": ["y.png"], "query": "<image>q", "response": "yes", "rejected_response": "no"}
+    same = outcome(pair_reader, own | {"rejected_images": ["x.png"]}, tmp_path).row  # the same prompt after all
+    assert same is not None and same.encoded.leaf_starts[0] > 0 and len(same.images) == 1
     apart = outcome(pair_reader, own, tmp_path).row
     assert apart is not None and apart.encoded.leaf_starts[0] == 0 and len(apart.images) == 2
     wrong = outcome(pair_reader, {"conversations": [["q", "a"]]}, tmp_path).entry

@@ -19,17 +19,18 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, SiglipIma
 
 from interlace.argument_help import STORED_OPTIMIZERS
 from interlace.data.batch import Collator, NumberedRows
-from interlace.data.dataset import Rows
+from interlace.data.dataset import Rows, load_rows
+from interlace.data.sources import read_entries
 from interlace.data.template import ChatTemplate
 from interlace.model.costs import step_costs
 from interlace.model.forward import model_inputs
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import Processing, resolve_model_path, save_model, save_processing
 from interlace.model.losses import supervised_loss
-from interlace.training import supervised
+from interlace.training import parts
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model
 from interlace.training.planning import training_plan
-from tests.conftest import DEMO_MODEL, IMAGE_TOKENS, NEEDS_COMPILER, ROOT, tiny_config, write_rows
+from tests.conftest import DEMO_MODEL, NEEDS_COMPILER, ROOT, tiny_config, write_rows
 from tests.distributed_worker import wake_adapter
 from tests.test_families import make_model
 
@@ -103,17 +104,17 @@ class Plain:
     def __init__(self, arguments: dict[str, Any]):
         torch.set_num_threads(1)  # as the workers have: products of 4 bits round otherwise with more
         self.arguments = {**arguments, "deepspeed": None, "fsdp": None}
-        self.args = supervised.training_arguments(self.arguments)
-        path = supervised.resolve_model_path(arguments["model_name_or_path"])
-        self.processing = supervised.processing_of(path, self.arguments)
+        self.args = parts.training_arguments(self.arguments)
+        path = resolve_model_path(arguments["model_name_or_path"])
+        self.processing = parts.processing_of(path, self.arguments)
         self.rows = self.rows_of(arguments["dataset"]["train"])
-        self.tuned = supervised.load_tuned_model(path, self.arguments, self.args)
+        self.tuned = parts.load_tuned_model(path, self.arguments, self.args)
         wake_adapter(self.tuned.packed)
         self.collate = Collator(self.processing.process_images, self.processing.config.image_token_id)
 
     def rows_of(self, entries: list[dict[str, Any]]) -> Rows:
-        reader = supervised.row_reader(self.arguments, self.processing)
-        return supervised.load_rows(supervised.read_entries(entries, self.args.seed), reader, self.arguments, False)[0]
+        reader = parts.row_reader(self.arguments, self.processing)
+        return load_rows(read_entries(entries, self.args.seed), reader, self.arguments, False)[0]
 
     def loss(self, rows: Rows, batches: list[list[int]]) -> torch.Tensor:
         """Mean over all supervised tokens of these micro-batches."""
@@ -342,7 +343,7 @@ def make_large_model(path: Path) -> Path:
     path.mkdir()
     save_model(LlavaForConditionalGeneration(config), path)
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, config.image_token_id), config, IMAGE_TOKENS), path)
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, config.image_token_id), config), path)
     return path
 
 

@@ -20,7 +20,7 @@ from interlace.model.forward import PackedModel, RowScores, model_inputs
 from interlace.model.loading import load_model, load_processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import Lora, TunedModel, parameter_groups, tune
-from interlace.training.supervised import row_reader
+from interlace.training.parts import row_reader
 from tests.conftest import write_rows
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -44,15 +44,16 @@ from interlace.data.template import ChatTemplate
 from interlace.errors import InputError
 from interlace.inference.generation import load_generator
 from interlace.model.families import family_of
-from interlace.model.forward import RowScores, model_inputs
+from interlace.model.llava import TiledImages
 from interlace.model.loading import load_config, load_model, load_processing, save_model, save_processing
-from interlace.model.losses import supervised_loss
 from interlace.model.processing import Processing
 from interlace.model.tiles import Tiles
-from interlace.model.tuning import Lora, TunedModel, tune
-from interlace.training.supervised import finetune, row_reader
+from interlace.model.tuning import Lora, tune
+from interlace.training.parts import row_reader
+from interlace.training.supervised import finetune
 from interlace.training.weights import copy_of_weights, load_weights, save_weights
 from tests.conftest import DEMO_MODEL
+from tests.test_equivalence import backward, score, tuned_model
 
 FAMILIES = ("llava_next", "llava_onevision")
 NEXT_GRID = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
@@ -101,7 +102,7 @@ def make_model(family: str, folder: Path) -> Path:
     for parameter in model.parameters():  # larger weights than the initialisation: differences must show
         parameter.data.mul_(3)
     save_model(model, folder)
-    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, image_token), model.config, 16), folder)
+    save_processing(Processing(tokenizer, images, ChatTemplate(tokenizer, image_token), model.config), folder)
     return folder
 
 
@@ -142,29 +143,6 @@ def rows(folder: Path, pictures: Path) -> list[Row]:
 def collate(folder: Path, rows: Sequence[Row]) -> PackedBatch:
     processing = load_processing(str(folder))
     return Collator(processing.process_images, processing.config.image_token_id).pack(list(enumerate(rows)))
-
-
-def tuned_model(folder: Path, parts: Sequence[str] = ("projector", "language_model"), lora: Lora | None = None) -> TunedModel:
-    torch.manual_seed(0)
-    tuned = tune(load_model(str(folder), torch.float32), parts, lora, None)
-    for name, parameter in tuned.packed.named_parameters():
-        if "lora_B" in name:  # starts at zero: an adapter that does nothing proves nothing
-            parameter.data.normal_(std=0.3)
-    return tuned
-
-
-def score(tuned: TunedModel, batch: PackedBatch) -> RowScores:
-    return tuned.packed(**model_inputs(batch, tuned.tower))
-
-
-def backward(tuned: TunedModel, batches: Sequence[PackedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
-    tuned.packed.zero_grad()
-    total, loss = sum(batch.weights.sum() for batch in batches), 0.0
-    for batch in batches:
-        part = supervised_loss(score(tuned, batch).log_probs, batch.weights, total)
-        part.backward()
-        loss += part.item()
-    return loss, {name: parameter.grad.clone() for name, parameter in tuned.packed.named_parameters() if parameter.grad is not None}
 
 
 def assert_same_gradients(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -234,11 +212,11 @@ def published(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple
     with torch.device("meta"):
         model: Any = (LlavaNextModel if family == "llava_next" else LlavaOnevisionModel)(config)
     tiny, processor = load_processing(str(folders[family])), library_processor(folders[family])
-    processing = Processing(tiny.tokenizer, tiny.image_processor, tiny.template, config, 0)
+    processing = Processing(tiny.tokenizer, tiny.image_processor, tiny.template, config)
     vars(processor).update(family_of(config).processor_settings(config))
     processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    assert processing.tiles is not None
-    return processing.tiles, model, processor
+    assert isinstance(processing.images, TiledImages)
+    return processing.images.tiles, model, processor
 
 
 def corners(test: Callable[..., None]) -> Callable[..., None]:
@@ -320,11 +298,11 @@ def test_an_answer_with_an_image_of_its_own_is_counted_as_a_row_of_its_own(
 def test_pixel_values_are_those_of_the_library(folder: Path, pictures: Path, names: Sequence[str]) -> None:
     images = [PIL.Image.open(pictures / f"{name}.png") for name in names]
     processing, expected = load_processing(str(folder)), library_inputs(folder, images)
-    inputs = processing.generation_inputs([images])
+    inputs = processing.generation_inputs([images], torch.zeros(1, 0))
     tiles = iter(inputs["pixel_values"])
     for padded, size, tokens in zip(expected["pixel_values"], expected["image_sizes"], processing.row_image_tokens([i.size for i in images]), strict=True):
-        assert processing.tiles is not None
-        for pixels in padded[: processing.tiles.count(tuple(size.tolist()), tokens)]:  # type: ignore[arg-type]
+        assert isinstance(processing.images, TiledImages)
+        for pixels in padded[: processing.images.tiles.count(tuple(size.tolist()), tokens)]:  # type: ignore[arg-type]
             assert torch.equal(next(tiles), pixels)
     assert next(tiles, None) is None
     assert all(torch.equal(inputs[name], torch.as_tensor(expected[name])) for name in inputs if name != "pixel_values")

@@ -23,7 +23,7 @@ from interlace.data.preview import Picture, Shown, Summary, Tokens, Viewer, char
 from interlace.data.reading import Headers, Outcome, records_of
 from interlace.data.sources import read_entries
 from interlace.model.loading import Processing
-from interlace.training.supervised import processing_of, row_reader
+from interlace.training.parts import processing_of, row_reader
 from tests.conftest import IMAGE_TOKENS, write_rows
 from tests.page_reader import CHROMIUM, Browser
 from tests.test_scripts import config_file, run
@@ -79,7 +79,7 @@ def read(arguments: dict[str, Any], kind: str = "supervised") -> tuple[Processin
     reader, headers = row_reader(arguments, processing, kind), Headers()  # type: ignore[arg-type]
     outcomes = [reader.read(record, headers) for record in records_of(read_entries(arguments["dataset"]["train"], 0))]
     images: Any = processing.image_processor
-    viewer = Viewer(processing.process_images, images.image_mean, images.image_std, processing.config.image_token_id)
+    viewer = Viewer(processing.process_images, processing.images.picture, images.image_mean, images.image_std, processing.config.image_token_id)
     return processing, outcomes, [viewer.shown(outcome, headers) for outcome in outcomes]
 
 

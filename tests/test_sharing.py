@@ -22,8 +22,9 @@ from interlace.model.loading import load_model, load_processing
 from interlace.model.tuning import tune
 from interlace.training.forecast import micro_shapes
 from interlace.training.outline import empty_model
+from interlace.training.parts import row_reader, training_arguments
 from interlace.training.planning import columns_of, tokens_of, training_plan
-from interlace.training.supervised import finetune, row_reader, training_arguments
+from interlace.training.supervised import finetune
 from tests.conftest import IMAGE_TOKENS
 from tests.test_equivalence import SETUPS, backward, score, tuned_model
 from tests.test_families import make_model

@@ -35,6 +35,14 @@ def test_the_demo_reaches_its_targets(tmp_path: Path) -> None:
     assert mean(after, *new) >= 0.80
     assert mean(after, *base) >= mean(before, *base) - 0.03
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    history = json.loads((tmp_path / "demo" / "lora_dpo" / "trainer_state.json").read_text())["log_history"]
+    first, *_, last = [entry for entry in history if "eval_loss" in entry]
+    assert first["eval_logps/accuracies"] <= 0.70  # the model that was fine-tuned cannot tell the pairs apart
+    assert last["eval_logps/accuracies"] >= 0.90
+    assert last["eval_rewards/accuracies"] >= 0.90
+    assert last["eval_rewards/blank_gap"] > 0 < last["eval_rewards/swapped_gap"]
+    scores = [json.loads((tmp_path / "demo" / name / "metrics.json").read_text())["overall"]["score"] for name in ("after", "after_dpo")]
+    assert abs(scores[1] - scores[0]) <= 0.01
     adapter = tmp_path / "demo" / "lora_sft"
     assert run("train/merge_adapter.py", "--adapter-path", adapter, "--output-dir", tmp_path / "merged").returncode == 0
     words = ("--data-files", "demo", "--split", "validation", "--max-new-tokens", "32", "--batch-size", "100", "--output-dir")
@@ -52,12 +60,13 @@ def test_the_full_tuning_config_runs_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "sft" / "model.safetensors").is_file()
 
 
-def make_environment(folder: Path, *installs: list[str]) -> Path:
-    """The interpreter of a new environment with these packages, or a skip where they cannot be installed."""
+def make_environment(folder: Path, *installs: list[str], timeout_seconds: int = 900, variables: dict[str, str] | None = None) -> Path:
+    """The interpreter of a new environment with these packages, or a skip where they cannot be installed; variables: of the environment they are built in."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     for packages in installs:
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, timeout=900, check=False)
+        command, surroundings = [python, "-m", "pip", "install", "--quiet", *packages], {**os.environ, **(variables or {})}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=surroundings)
         if done.returncode:
             pytest.skip(f"{', '.join(packages)} cannot be installed here: {done.stderr[-200:]}")
     return python

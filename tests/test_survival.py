@@ -123,7 +123,7 @@ PHASES = {
     "in a step": Accident("interlace.training.trainer:supervised_loss", 9),
     "in an evaluation": Accident("interlace.training.durable:DurableTrainer.check_stop", 2),
     "while the result is written": Accident("interlace.training.weights:save_processing", 1 + STEPS // 2),
-    "before the run is called finished": Accident("interlace.training.supervised:draw_curves", 1, "after"),
+    "before the run is called finished": Accident("interlace.training.run:draw_curves", 1, "after"),
 }
 
 
@@ -362,7 +362,7 @@ def test_a_disk_that_really_is_full(tiny_dir: Path, data: Path, small_disk: Path
 
 
 def test_a_result_that_cannot_be_written_is_no_traceback_and_is_written_later(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
-    full = Accident("interlace.training.supervised:draw_curves", error=DISK_FULL)
+    full = Accident("interlace.training.run:draw_curves", error=DISK_FULL)
     assert finish(run_in_process(arguments, tmp_path / "log", [full])) == 1
     said = (tmp_path / "log").read_text()
     assert "the result could not be written" in said and "No space left" in said and "Traceback" not in said
@@ -480,7 +480,7 @@ def test_a_checkpoint_of_another_format_is_refused(arguments: dict[str, Any], un
 def test_killed_before_the_end_was_noted_it_makes_no_step_more(arguments: dict[str, Any], tmp_path: Path) -> None:
     """The last step is inside an epoch."""
     arguments["max_steps"] = STEPS - 1
-    killed = Accident("interlace.training.supervised:draw_curves", 1, "after")
+    killed = Accident("interlace.training.run:draw_curves", 1, "after")
     assert finish(run_in_process(arguments, tmp_path / "log", [killed])) == -signal.SIGKILL
     folder = Path(arguments["output_dir"])
     before = weights(folder)
@@ -648,11 +648,12 @@ def test_a_stuck_collective_is_reported_with_step_and_rows_and_ends_with_the_cul
     assert_safe(Path(arguments["output_dir"]))
 
 
-def test_a_broken_image_on_one_rank_ends_both_with_one_message(tiny_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", [1, 3], ids=["in the first step", "later"])
+def test_a_broken_image_on_one_rank_ends_both_with_one_message(tiny_dir: Path, tmp_path: Path, call: int) -> None:
     """Whole when it was checked, broken when it is opened."""
     rows = write_rows(tmp_path / "data", 8)
     arguments = arguments_for(tiny_dir, rows, tmp_path / "run", dataset={"train": [{"data_files": str(rows)}]}, eval_strategy="no")
-    broken = Accident("interlace.data.batch:open_images", 3, change=break_image)
+    broken = Accident("interlace.data.batch:open_images", call, change=break_image)
     codes = [finish(rank) for rank in run_ranks(arguments, tmp_path / "logs", 2, {1: [broken]})]
     assert codes == [2, 2]
     assert "its header was whole when the run began" in (tmp_path / "logs" / "0").read_text()

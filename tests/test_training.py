@@ -24,7 +24,8 @@ from interlace.errors import InputError
 from interlace.inference.generation import load_generator
 from interlace.model.loading import load_for_inference
 from interlace.model.merging import merge
-from interlace.training.supervised import finetune, load_tuned_model, training_arguments
+from interlace.training.parts import load_tuned_model, training_arguments
+from interlace.training.supervised import finetune
 from tests.conftest import ROOT, write_rows
 from tests.test_families import FAMILIES, make_model
 

@@ -29,8 +29,8 @@ def main() -> None:
     from interlace.training.fitting import config_of
     from interlace.training.forecast import machine_of
     from interlace.training.outline import empty_model
+    from interlace.training.parts import processing_of, training_arguments
     from interlace.training.planning import training_plan
-    from interlace.training.supervised import processing_of, training_arguments
 
     args = training_arguments({**arguments, "deepspeed": None, "fsdp": None})  # one process speaks for all
     path = resolve_model_path(arguments["model_name_or_path"])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # slow to import: only once the arguments are right
     from interlace.data.reading import Record
     from interlace.data.sources import Source
     from interlace.data.store import Store
+    from interlace.model.processing import Processing
 
 OPTIONS = {
     "output": "Where the HTML page goes; preview.html, unless only --json is asked for.",
@@ -33,7 +34,7 @@ def main() -> None:
     from interlace.data.reading import Headers, wanted_kind
     from interlace.data.sources import read_entries
     from interlace.model.loading import resolve_model_path
-    from interlace.training.supervised import processing_of, row_reader
+    from interlace.training.parts import processing_of, row_reader
 
     processing = processing_of(resolve_model_path(arguments["model_name_or_path"]), arguments)
     sources = read_entries(arguments["dataset"]["train"], arguments["seed"])
@@ -47,12 +48,12 @@ def main() -> None:
     for _, entry in zip(range(20), ledger.entries, strict=False):
         print(f"  {entry.status}: {entry.file}: row {entry.index}: {entry.reason}: {entry.detail}")
     if options["json"]:
-        write_lines(rows.stores, Path(options["json"]), processing.config.image_token_id)
+        write_lines(rows.stores, Path(options["json"]), processing)
     if output:
         headers = Headers()
         images: Any = processing.image_processor
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        viewer = Viewer(processing.process_images, mean, std, processing.config.image_token_id)
+        viewer = Viewer(processing.process_images, processing.images.picture, mean, std, processing.config.image_token_id)
         records = tqdm(chosen_records(sources, rows.stores, ledger, num_samples), desc="drawing rows", unit="row", leave=False)
         shown = [viewer.shown(reader.read(record, headers), headers) for record in records]
         model, config = str(arguments["model_name_or_path"]), split_words(sys.argv[1:])[0][0]
@@ -78,7 +79,7 @@ def check_options(output: str | None, lines: str | None, samples: str) -> int:
     return int(samples)
 
 
-def write_lines(stores: list["Store"], path: Path, image_token_id: int) -> None:
+def write_lines(stores: list["Store"], path: Path, processing: "Processing") -> None:
     """Writes one line for every row of the stores, in order."""
     from interlace.data.preview import preview_line
     from interlace.data.store import SKIPPED, TRAINED
@@ -88,7 +89,8 @@ def write_lines(stores: list["Store"], path: Path, image_token_id: int) -> None:
             entries = store.entries()
             for position, status in enumerate(store.column("status").tolist()):
                 row, entry = None if status == SKIPPED else store.row(position), None if status == TRAINED else next(entries)
-                file.write(json.dumps(preview_line(store.file, row, entry, image_token_id), ensure_ascii=False) + "\n")
+                line = preview_line(store.file, row, entry, processing.config.image_token_id, processing.images.ids)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{sum(map(len, stores)):,} rows in {path}", file=sys.stderr)
 
 

@@ -5,7 +5,7 @@ from interlace.errors import run_script
 
 
 def main() -> None:
-    arguments, _ = read_command_line(__doc__ or "")
+    arguments, _ = read_command_line(__doc__ or "", kind="supervised")
     from interlace.training.supervised import finetune  # torch and transformers only after the arguments are right
 
     finetune(arguments)

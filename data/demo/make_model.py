@@ -91,7 +91,7 @@ def main() -> None:
     template = ChatTemplate(tokenizer, config.image_token_id)
     options.output.mkdir(parents=True, exist_ok=True)
     save_model(model, options.output)
-    save_processing(Processing(tokenizer, images, template, config, 4), options.output)
+    save_processing(Processing(tokenizer, images, template, config), options.output)
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(tokenizer)} tokens, in {options.output}")
 
 

@@ -1,4 +1,5 @@
-"""`make demo`: evaluates the embedded model, teaches it new tasks with LoRA, evaluates again on scans never trained on, chats once, draws a picture.
+"""`make demo`: evaluates the embedded model, teaches it new tasks with LoRA, evaluates again on scans never trained on, chats once, draws a picture; then
+preference tuning on pairs that the model cannot tell apart, and what became of the tasks.
 
 Every step is one of the commands a user runs; this script only runs them in order and puts their results side by side.
 """
@@ -7,6 +8,7 @@ import argparse
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -85,6 +87,27 @@ def draw(run_dir: Path, rows: list[dict[str, Any]], records: dict[str, Any], tex
     pyplot.close(figure)
 
 
+def prefer(sft: Path, output: Path, question: list[str], options: argparse.Namespace) -> str:
+    """The second stage, on the merged model of the first: pairs of a right reading and a near miss on negatives. Returns its table."""
+    shutil.rmtree(output / "merged", ignore_errors=True)
+    run("train/merge_adapter.py", "--adapter-path", sft, "--output-dir", output / "merged")
+    dataset = {name: [{"data_files": "demo", "split": split}] for name, split in (("train", "preference"), ("eval", f"preference_{options.split}"))}
+    overrides = ["--model_name_or_path", output / "merged", "--output_dir", output / "lora_dpo", "--overwrite_output_dir", "true", "--seed", str(options.seed)]
+    run("train/preference_finetune.py", "configs/lora_dpo_argument.json", *overrides, "--dataset", json.dumps(dataset), "--eval_on_start", "true")
+    run("train/evaluate_model.py", "--model-path", output / "lora_dpo", *question, "--output-dir", output / "after_dpo")
+    history = json.loads((output / "lora_dpo" / "trainer_state.json").read_text())["log_history"]
+    first, *_, last = [entry for entry in history if "eval_loss" in entry]
+    scores = [json.loads((output / name / "metrics.json").read_text())["overall"]["score"] for name in ("after", "after_dpo")]
+    likelier = [entry["eval_logps/accuracies"] for entry in (first, last)]
+    margins = ", ".join(f"{last[f'eval_rewards/margins{name}']:.2f} {word}" for name, word in (("", "true"), ("_blank", "blank"), ("_swapped", "swapped")))
+    lines = [f"{'pairs on negatives':36s}{'before':>9s}{'after':>9s}", f"{'right reading likelier':36s}" + "".join(f"{value:9.1%}" for value in likelier)]
+    lines += [
+        f"{'reward accuracy':45s}{last['eval_rewards/accuracies']:9.1%}",
+        f"{'all seven tasks, exact match':36s}" + "".join(f"{score:9.1%}" for score in scores),
+    ]
+    return "\n".join([*lines, f"reward margin with images: {margins}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
@@ -106,6 +129,8 @@ def main() -> None:
     run("train/predict_multiround.py", "--model-path", adapter, "--image-file", *files, "--query", text)
     summary = table(before, after, rows)
     draw(adapter, rows, records, summary, output / "demo.png")
+    preferences = prefer(adapter, output, question, options)
+    summary += f"\n\n{preferences}"
     (output / "table.txt").write_text(summary + "\n")
     minutes = json.loads((adapter / "train_results.json").read_text())["train_runtime"] / 60
     print(f"\nOn scans never trained on, after {minutes:.1f} minutes of training:\n\n{summary}\n\nThe picture: {output / 'demo.png'}")

@@ -101,7 +101,7 @@ class DataFields:
     allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")
     cache_dir: str | None = key(None, "Where checked rows, embedded media and downloads are kept; default: $INTERLACE_CACHE, else ~/.cache/interlace.")
     preprocessing_num_workers: int | None = key(None, "Processes that check rows before training; default: one per core, 16 at most.", minimum=0)
-    prompt_style: Literal["chatml", "vicuna_v1", "plain", None] = key(
+    prompt_style: Literal["chatml", "vicuna_v1", "plain", "smolvlm", None] = key(
         None, "How turns are written; `plain` learns captions and leaves questions out (projector pre-training); default: the model's own, by its tokenizer."
     )
     system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else that of prompt_style; "" for none.')
@@ -127,6 +127,30 @@ class DataFields:
 
 
 @dataclass
+class PreferenceFields:
+    """Preference tuning alone; names and meanings of all but the last two are those of `trl.DPOConfig`."""
+
+    beta: float = key(0.1, "How closely the policy is held to the reference; the larger, the closer.", exclusiveMinimum=0)
+    loss_type: str | list[str] = key(
+        ["sigmoid"], "A loss, or several that are added up: DPO's `sigmoid`, `ipo`, `hinge`, `robust`, .., `sft` for a plain term."
+    )
+    loss_weights: list[float] | None = key(None, "Weights of the losses of loss_type; default: 1 each.")
+    label_smoothing: float = key(0.0, "Share of pairs taken to be the wrong way round (`robust`), or epsilon of `exo_pair`.", minimum=0, maximum=1)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = key(
+        "reverse_kl", "What keeps the policy at the reference (f-DPO)."
+    )
+    f_alpha_divergence_coef: float = key(0.5, "alpha of `alpha_divergence`.")
+    ld_alpha: float | None = key(None, "LD-DPO: weight of the tokens by which one answer is longer than the other.", minimum=0, maximum=1)
+    use_weighting: bool = key(False, "WPO: weigh pairs by how likely the policy is to say them.")
+    discopop_tau: float = key(0.05, "Temperature of loss_type `discopop`.", exclusiveMinimum=0)
+    disable_dropout: bool = key(True, "No dropout in policy and reference: it would make rewards of what is no preference.")
+    precompute_ref_log_probs: bool = key(False, "Compute the reference's log-probs once before training, and keep them for later runs.")
+    precompute_ref_batch_size: int | None = key(None, "Pairs per micro-batch then, on average; default: as in training.", minimum=1)
+    reference_dir: str | None = key(None, "Where precomputed log-probs are kept; default: below cache_dir, named by all that they rest on.")
+    ablation_pairs: int = key(128, "How many evaluation pairs are scored with blank images, and with those of another pair, too; 0 for none.", minimum=0)
+
+
+@dataclass
 class SurvivalFields:
     """What happens when something goes wrong; each of the doors is opened by the user alone."""
 
@@ -137,4 +161,4 @@ class SurvivalFields:
     trust_checkpoint: bool = key(False, "Resume from a checkpoint whose files are not what its manifest says, or that has none.")
 
 
-FIELD_GROUPS = (ModelFields, DataFields, SurvivalFields)
+FIELD_GROUPS = {"Interlace": (ModelFields, DataFields, SurvivalFields), "Preference tuning": (PreferenceFields,)}

@@ -100,8 +100,9 @@ def build_schema() -> dict[str, Any]:
     entry = {"type": "object", "additionalProperties": False, "required": ["data_files"], "properties": dataclass_properties(DatasetEntry)}
     entries = {"type": "array", "items": entry}
     properties: dict[str, Any] = {"$schema": {"type": "string", "description": "Lets an editor check this file."}}
-    for group in FIELD_GROUPS:
-        properties.update({name: {**schema, "group": "Interlace"} for name, schema in dataclass_properties(group).items()})
+    for name, groups in FIELD_GROUPS.items():
+        for group in groups:
+            properties.update({key: {**schema, "group": name} for key, schema in dataclass_properties(group).items()})
     dataset = properties["dataset"]
     dataset.update(additionalProperties=False, required=["train"], properties={"train": {**entries, "minItems": 1}, "eval": entries})
     properties.update({name: {**schema, "group": "Hugging Face"} for name, schema in training_properties().items()})

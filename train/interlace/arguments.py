@@ -7,24 +7,27 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from interlace.argument_help import REFUSED
 from interlace.errors import InputError
 from interlace.foreign_arguments import INSTEAD, RENAMED, WITHOUT_EFFECT, translate
+from interlace.preference_arguments import BEST_METRICS, DEFAULTS, preference_problems
 from interlace.redaction import SECRET_NAME
 from interlace.sharding_arguments import sharding_problems
 
 SCHEMA_PATH = Path(__file__).with_name("argument_schema.json")
 Arguments = dict[str, Any]
+Kind = Literal["supervised", "preference", None]
 
 
-def read_command_line(description: str, options: Mapping[str, str] | None = None) -> tuple[Arguments, dict[str, str | None]]:
+def read_command_line(description: str, options: Mapping[str, str] | None = None, kind: Kind = None) -> tuple[Arguments, dict[str, str | None]]:
     """Reads `CONFIG.json [--key value | --key=value ...]` from the command line; answers `--help` and exits.
 
     Args:
         description: the script's docstring, for `--help`.
         options: the script's own `--name VALUE` options and their help; they are no argument keys.
+        kind: what the script tunes by; None if it takes the arguments of both.
 
     Returns:
         Every argument key with its resolved value, and the script's own options (None where absent).
@@ -35,7 +38,7 @@ def read_command_line(description: str, options: Mapping[str, str] | None = None
     schema, options = json.loads(SCHEMA_PATH.read_text(encoding="utf-8"))["properties"], dict(options or {})
     words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
     if "--help" in words or "-h" in words:
-        print(help_text(description, schema, options))
+        print(help_text(description, schema, options, kind))
         sys.exit(0)
     paths, overrides, problems = split_words(words)
     if len(paths) != 1:
@@ -50,7 +53,7 @@ def read_command_line(description: str, options: Mapping[str, str] | None = None
         config = {other: value for other, value in config.items() if RENAMED.get(other) != name}
         config[name] = override_value(schema.get(name, {}), text)
         where[name] = "command line"
-    arguments, found = resolve(config, schema, where)
+    arguments, found = resolve(config, schema, where, kind)
     problems += found
     if problems:
         raise InputError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} with the arguments\n  " + "\n  ".join(problems))
@@ -119,14 +122,14 @@ def read_json(path: Path, problems: list[str]) -> Any:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; the file is no complete JSON") from None
 
 
-def resolve(config: Mapping[str, Any], schema: Mapping[str, Any], where: Mapping[str, str]) -> tuple[Arguments, list[str]]:
-    """Checks keys, types, ranges and contradictions; fills in the defaults. Returns the arguments and all problems."""
+def resolve(config: Mapping[str, Any], schema: Mapping[str, Any], where: Mapping[str, str], kind: Kind = None) -> tuple[Arguments, list[str]]:
+    """Checks keys, types, ranges and contradictions; fills in the defaults, of `kind` where it has its own. Returns the arguments and all problems."""
     given: dict[str, Any] = {}
     config, lines, problems = translate(config, where, schema)
     if is_main_process():
         print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     for name, value in config.items():
-        place, known = where[name], RENAMED.get(name, name)
+        place, known = where.get(name, "dpo_alpha, gamma"), RENAMED.get(name, name)
         if known != name and is_main_process():
             print(f"{place}: {name} is read as {known}", file=sys.stderr)
         if known in given:
@@ -136,12 +139,17 @@ def resolve(config: Mapping[str, Any], schema: Mapping[str, Any], where: Mapping
         else:
             problems += [f"{place}: {problem}" for problem in check_value(known, value, schema[known])]
             given[known] = value
+            if kind == "supervised" and schema[known].get("group") == "Preference tuning" and value != schema[known]["default"]:
+                problems.append(f"{place}: {known}: of preference tuning: train with preference_finetune.py, or remove the key")
     for name in ("model_name_or_path", "output_dir", "dataset"):
         if given.get(name) in (None, "", {}):
             problems.append(f"{name}: missing; it is required")
     arguments = {name: given.get(name, spec.get("default")) for name, spec in schema.items() if name != "$schema"}
+    if kind == "preference":
+        arguments |= {name: value for name, value in DEFAULTS.items() if name not in given}
     if not problems:
-        problems += contradictions(arguments, given)
+        problems += contradictions(arguments, given, kind)
+        problems += preference_problems(arguments, did_you_mean) if kind == "preference" else []
     return arguments, problems
 
 
@@ -208,9 +216,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
+def contradictions(arguments: Arguments, given: Mapping[str, Any], kind: Kind = None) -> list[str]:
     """Combinations that cannot be meant, and values that cannot be honoured."""
     a, evaluates = arguments, bool(arguments["dataset"].get("eval"))
+    metrics = ("loss", "token_accuracy", *(() if kind == "supervised" else BEST_METRICS))
     pairs = [
         (a["bf16"] and a["fp16"], "bf16 and fp16: choose one"),
         (a["load_in_4bit"] and a["load_in_8bit"], "load_in_4bit and load_in_8bit: choose one"),
@@ -225,8 +234,8 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any]) -> list[str]:
         (a["load_best_model_at_end"] and a["eval_strategy"] == "no", "load_best_model_at_end needs eval_strategy"),
         (a["save_strategy"] == "best" and a["eval_strategy"] == "no", "save_strategy best needs eval_strategy"),
         (
-            a["metric_for_best_model"] not in (None, "loss", "eval_loss", "token_accuracy", "eval_token_accuracy"),
-            f"metric_for_best_model: expected eval_loss or eval_token_accuracy, got {a['metric_for_best_model']!r}",
+            a["metric_for_best_model"] is not None and a["metric_for_best_model"].removeprefix("eval_") not in metrics,
+            f"metric_for_best_model: expected eval_{' or eval_'.join(metrics)}; got {a['metric_for_best_model']!r}",
         ),
         (a["max_bad_rows"] is not None and a["bad_rows"] != "skip", "max_bad_rows needs bad_rows: skip"),
         (bool(a["resume_from_checkpoint"]) and a["overwrite_output_dir"], "resume_from_checkpoint and overwrite_output_dir: choose one"),
@@ -258,18 +267,21 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def help_text(description: str, schema: Mapping[str, Any], options: Mapping[str, str]) -> str:
+def help_text(description: str, schema: Mapping[str, Any], options: Mapping[str, str], kind: Kind = None) -> str:
     """The text of `--help`: usage, the script's options, every key with type, default and help."""
+    defaults = DEFAULTS if kind == "preference" else {}
     lines = [description.strip(), "", "usage: CONFIG.json [--key value | --key=value ...]", ""]
     lines += [f"  --{name} VALUE: {text}" for name, text in options.items()] + ([""] if options else [])
-    for group in ("Interlace", "Hugging Face"):
+    for group in ("Interlace", *(() if kind == "supervised" else ("Preference tuning",)), "Hugging Face"):
         lines.append(f"{group} keys")
         for name, spec in schema.items():
             if spec.get("group") == group:
-                kind = "|".join(spec["type"]) if isinstance(spec["type"], list) else spec["type"]
+                types = "|".join(spec["type"]) if isinstance(spec["type"], list) else spec["type"]
                 choices = f" {{{', '.join(str(choice) for choice in spec['enum'] if choice is not None)}}}" if len(spec.get("enum", [])) in range(1, 9) else ""
-                default = "required" if name in ("model_name_or_path", "output_dir", "dataset") else f"default {json.dumps(spec['default'])}"
-                lines.append(f"  --{name} ({kind}{choices}; {default})\n      {spec['description']}")
+                default = (
+                    "required" if name in ("model_name_or_path", "output_dir", "dataset") else f"default {json.dumps(defaults.get(name, spec['default']))}"
+                )
+                lines.append(f"  --{name} ({types}{choices}; {default})\n      {spec['description']}")
         lines.append("")
     entry = schema["dataset"]["properties"]["train"]["items"]["properties"]
     lines.append("keys of a dataset entry")

@@ -16,6 +16,7 @@ RENAMED = {
     # LLaVA-NeXT
     "model_max_length": "max_length",
     "max_seq_length": "max_length",
+    "dataset_num_proc": "preprocessing_num_workers",
     "mm_tunable_parts": "tunable_parts",
     "mm_vision_tower_lr": "vision_tower_learning_rate",
     "version": "prompt_style",
@@ -44,6 +45,17 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_with_do_generation": ((False,), "evaluate_model.py generates answers and scores them"),
     "benchmark": ((), "every log says tokens per second and where the time went"),
     "use_flash_attention": ((), "attention: auto takes the fastest backend that the device has"),
+    # TRL
+    "padding_free": ((False,), "nothing is ever padded"),
+    "pad_to_multiple_of": ((), "nothing is ever padded"),
+    "pad_token": ((None,), "nothing is ever padded"),
+    "truncation_mode": (("keep_start",), "a pair is never cut: one that is too long is left out and listed"),
+    "model_init_kwargs": ((None, {}), "the keys of this file say how the model is loaded"),
+    "router_aux_loss_coef": ((None, 0, 0.0), "no model here has experts"),
+    "sync_ref_model": ((False,), "checkpoints hold no reference that moves, so that a resumed run would go on with another one"),
+    "ref_model_mixup_alpha": ((), "sync_ref_model is off"),
+    "ref_model_sync_steps": ((), "sync_ref_model is off"),
+    "generate_during_eval": ((False,), "evaluate_model.py generates answers"),
     # LLaVA-NeXT
     "mm_vision_select_layer": ((), _IN_THE_MODEL),
     "mm_vision_select_feature": ((), _IN_THE_MODEL),
@@ -84,6 +96,15 @@ def translate(config: Mapping[str, Any], where: Mapping[str, str], schema: Mappi
     """
     kept: dict[str, Any] = {}
     lines, problems = [], []
+    config = dict(config)
+    weights = {name: config.pop(name) for name in ("dpo_alpha", "gamma") if name in config}
+    if weights:
+        place = where[next(iter(weights))]
+        if "loss_type" in config or "loss_weights" in config or not all(isinstance(value, int | float) for value in weights.values()):
+            problems.append(f"{place}: {' and '.join(weights)}: expected numbers, and neither loss_type nor loss_weights beside them")
+        else:
+            kept |= _weighted_losses(weights.get("dpo_alpha", 1.0), weights.get("gamma", 0.0))
+            lines.append(f"{place}: {' and '.join(weights)}: read as {', '.join(f'{name} {value}' for name, value in kept.items())}")
     for name, value in config.items():
         if name in schema or name in RENAMED:
             kept[name] = our_value(RENAMED.get(name, name), value)
@@ -101,6 +122,11 @@ def translate(config: Mapping[str, Any], where: Mapping[str, str], schema: Mappi
         else:
             kept[name] = value
     return kept, lines, problems
+
+
+def _weighted_losses(dpo_alpha: float, gamma: float) -> dict[str, Any]:
+    """LLaVA-NeXT's weights of the DPO loss and of a supervised term on the chosen answer (train_dpo.py) as TRL's keys."""
+    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [dpo_alpha, gamma]} if gamma else {"loss_type": ["sigmoid"], "loss_weights": [dpo_alpha]}
 
 
 def our_value(key: str, value: Any) -> Any:

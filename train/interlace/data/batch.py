@@ -10,13 +10,16 @@ import numpy as np
 import PIL.Image
 import torch
 
-from interlace.data.lengths import expand
+from interlace.data.lengths import ImageIds, expand
 from interlace.data.media import open_images
+from interlace.data.positions import grid_positions
 from interlace.data.reading import Row
 from interlace.data.sample import BadRow, Place
 from interlace.errors import InputError
 
-Expanded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, weights of a row, each image as its run of tokens
+Expanded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, labels, weights of a row, each image as all of its tokens
+Image = tuple[Place, int]  # with its number of tokens, since that decides how it is processed
+Grid = Callable[[tuple[int, int]], tuple[int, int]]  # an image's (height, width) -> rows and columns of its tokens
 
 
 class FindFeatures(Protocol):
@@ -30,7 +33,7 @@ class FindFeatures(Protocol):
 
 
 class ProcessImages(Protocol):
-    """RGB images and the number of tokens of each -> (tiles, channels, height, width), the tiles of each image one behind the other."""
+    """RGB images and the number of tokens of each -> pixel values of all tiles, (tiles, ..), the tiles of each image one behind the other."""
 
     def __call__(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int] | None = None) -> torch.Tensor: ...
 
@@ -48,16 +51,19 @@ class Segment:
 class PackedBatch:
     """A micro-batch of T tokens without padding.
 
-    input_ids, position_ids: (1, T); positions count along the path from the root segment.
+    input_ids: (1, T). position_ids: (1, T), or (3, 1, T) in time, rows and columns; they count along the path from the root segment.
     segments: the forest; tokens attend within their segment and to its ancestors only.
     rows: (N,) positions whose next token is supervised; targets: (N,) that token; weights: (N,) its weight in the loss.
-    sequence_index: (N,) which sequence of the batch each of them belongs to; row_numbers: data set row of each sequence.
+    sequence_index: (N,) which sequence of the batch each of them belongs to; row_numbers: data set row of each sequence. sequences_per_row: 2 for preference
+    pairs, whose chosen and rejected answers are neighbouring sequences; else 1.
     image_index: (M,) which of the K distinct images stands at each image place, in order of the places; image_positions: (total image tokens,)
     positions in `input_ids` that image features fill.
-    pixel_values: (tiles, channels, height, width), the tiles of each of the K images one behind the other, or None; where a model cuts no tiles, K tiles.
+    pixel_values: (tiles, ..), the tiles of each of the K images one behind the other, or None. A tile is what the model's vision tower takes: a picture of
+    its size (channels, height, width), which an image may be cut into, or the patches of one token.
     cached_features: (tiles, tokens, vision width) of the images that `is_cached` names, whose pixels are left out then; feature_keys: of all K images.
-    image_sizes: (height, width) of each of the K images before processing; image_tokens: number of tokens of each. A model that cuts images
-    puts their tiles together by both; where there are none, every tile is an image.
+    image_sizes: (height, width) of each of the K images before processing; image_tokens: number of tokens of each that features fill. A model that cuts
+    images puts their tiles together by both; where there are none, every tile is an image. image_grids: rows and columns of the tokens of each, for a model
+    that sees them.
     """
 
     input_ids: torch.Tensor
@@ -73,9 +79,11 @@ class PackedBatch:
     image_positions: torch.Tensor
     image_sizes: tuple[tuple[int, int], ...] = ()
     image_tokens: tuple[int, ...] = ()
+    image_grids: tuple[tuple[int, int], ...] = ()
     cached_features: torch.Tensor | None = None
     is_cached: tuple[bool, ...] = ()
     feature_keys: tuple[str, ...] = ()
+    sequences_per_row: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +92,11 @@ class PackedBatch:
     @property
     def num_images(self) -> int:
         return len(self.image_index)
+
+    @property
+    def new_grids(self) -> tuple[tuple[int, int], ...]:
+        """`image_grids` of the images whose pixels are here."""
+        return tuple(itertools.compress(self.image_grids, [not cached for cached in self.is_cached] or itertools.repeat(True)))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
         tensors = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
@@ -100,12 +113,16 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Tokens `start` to `end` of row number `row` (a position among those being packed), behind piece number `parent` (-1: none)."""
+    """Tokens `start` to `end` of row number `row` (a position among those being packed), behind piece number `parent` (-1: none).
+
+    `sequence` tells the answers of a row apart.
+    """
 
     row: int
     start: int
     end: int
     parent: int = -1
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,12 +134,16 @@ class Collator:
         image_token_id: the id that image features replace.
         share_prefix: rows that begin with the same images and text become one trunk with a leaf for each; else each row is one segment.
         features: where features may be found; images that have some are not opened.
+        image_ids: the ids of an image; None for a run of `image_token_id`.
+        grid: rows and columns of an image's tokens, for models whose positions tell them; None for others.
     """
 
     process_images: ProcessImages
     image_token_id: int
     share_prefix: bool = False
     features: FindFeatures | None = None
+    image_ids: ImageIds | None = None
+    grid: Grid | None = None
 
     def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch | InputError:
         """The batch, or what is wrong with an image: an error raised in a worker process would reach the user with two tracebacks."""
@@ -138,7 +159,7 @@ class Collator:
             InputError: an image that was whole by its header cannot be decoded.
         """
         rows = [row for _, row in numbered]
-        expanded = [expand(row.encoded, row.image_tokens, self.image_token_id) for row in rows]
+        expanded = [expand(row.encoded, row.image_tokens, self.image_token_id, self.image_ids) for row in rows]
         pieces = self._pieces(rows, expanded)
         ends = np.cumsum([piece.end - piece.start for piece in pieces]).tolist()
         segments = tuple(Segment(end - (piece.end - piece.start), end, piece.parent) for piece, end in zip(pieces, ends, strict=True))
@@ -149,12 +170,16 @@ class Collator:
         keys, found = self._found(images)
         missing = [image for image, known in zip(images, found, strict=True) if known is None]
         pixel_values, missing_sizes = self._pixels(missing, rows) if missing else (None, ())
-        sizes = iter(missing_sizes)
+        new_sizes = iter(missing_sizes)
+        sizes = tuple(next(new_sizes) if known is None else known[1] for known in found)
+        grids = () if self.grid is None else tuple(map(self.grid, sizes))
+        shown = [[number[image] for image in self._images_of(piece, rows, expanded)] for piece in pieces]
         cached = [known[0] for known in found if known is not None]
-        order = list(dict.fromkeys(piece.row for piece in pieces))
+        is_parent = {piece.parent for piece in pieces}
+        order = [piece.row for number, piece in enumerate(pieces) if number not in is_parent]
         return PackedBatch(
             input_ids=input_ids.long()[None],
-            position_ids=torch.cat([torch.arange(piece.start, piece.end) for piece in pieces])[None],
+            position_ids=self._positions(pieces, expanded, [[grids[i] for i in images] for images in shown] if grids else None),
             segments=segments,
             rows=places,
             targets=targets,
@@ -162,16 +187,18 @@ class Collator:
             sequence_index=sequence,
             row_numbers=tuple(numbered[row][0] for row in order),
             pixel_values=pixel_values,
-            image_index=torch.tensor([number[image] for piece in pieces for image in self._images_of(piece, rows, expanded)], dtype=torch.long),
+            image_index=torch.tensor([i for images in shown for i in images], dtype=torch.long),
             image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
-            image_sizes=tuple(next(sizes) if known is None else known[1] for known in found),
-            image_tokens=tuple(tokens for _, tokens in images),
+            image_sizes=sizes,
+            image_tokens=tuple(self._num_filled(tokens) for _, tokens in images),
+            image_grids=grids,
             cached_features=torch.cat(cached) if cached else None,
             is_cached=tuple(known is not None for known in found),
             feature_keys=keys,
+            sequences_per_row=2 if rows[0].encoded.leaf_starts else 1,
         )
 
-    def _found(self, images: Sequence[tuple[Place, int]]) -> tuple[tuple[str, ...], list[tuple[torch.Tensor, tuple[int, int]] | None]]:
+    def _found(self, images: Sequence[Image]) -> tuple[tuple[str, ...], list[tuple[torch.Tensor, tuple[int, int]] | None]]:
         """The keys of all images, and what is known of each."""
         if self.features is None:
             return (), [None] * len(images)
@@ -182,26 +209,60 @@ class Collator:
         return keys, [self.features.find(key) for key in keys]
 
     def _pieces(self, rows: Sequence[Row], expanded: Sequence[Expanded]) -> list[_Piece]:
-        """Each row as one piece, or a trunk and a leaf for each of the rows that share it."""
+        """Each row as one piece, or a trunk and a leaf for each of the rows that share it, or for each answer of a pair."""
         groups: dict[object, list[int]] = {}
         for number, row in enumerate(rows):
             groups.setdefault(row.prefix if self.share_prefix and row.prefix_images else number, []).append(number)
         pieces: list[_Piece] = []
         for numbers in groups.values():
             if len(numbers) == 1:
-                pieces.append(_Piece(numbers[0], 0, len(expanded[numbers[0]][0])))
+                pieces += self._pieces_of(numbers[0], rows[numbers[0]], len(expanded[numbers[0]][0]), len(pieces))
                 continue
             trunk, parent = _common(numbers, expanded), len(pieces)
             pieces.append(_Piece(numbers[0], 0, trunk))
             pieces += [_Piece(number, trunk, len(expanded[number][0]), parent) for number in numbers]
         return pieces
 
+    def _pieces_of(self, number: int, row: Row, length: int, first: int) -> list[_Piece]:
+        """One row that shares nothing, as pieces from number `first` on: one, or a pair's two answers behind their prompt, if they follow the same one."""
+        if not row.encoded.leaf_starts:
+            return [_Piece(number, 0, length)]
+        chosen, rejected = (self._expanded_place(row, start) for start in row.encoded.leaf_starts)
+        trunk = [_Piece(number, 0, chosen)] if chosen else []
+        parent = first if chosen else -1
+        return [*trunk, _Piece(number, chosen, rejected, parent), _Piece(number, rejected, length, parent, 1)]
+
+    def _expanded_place(self, row: Row, place: int) -> int:
+        """Where a place among the ids of a row is, once each image is as long as its tokens."""
+        before = int(np.count_nonzero(row.encoded.input_ids[:place] == self.image_token_id))
+        return place - before + sum(row.image_tokens[:before])
+
+    def _positions(self, pieces: Sequence[_Piece], expanded: Sequence[Expanded], grids: Sequence[Sequence[tuple[int, int]]] | None) -> torch.Tensor:
+        """`position_ids` of a batch; grids: of the images that stand in each piece, None in a batch without images or for a model that does not see them."""
+        if self.grid is None:
+            starts: list[int] = []
+            for piece in pieces:
+                starts.append(starts[piece.parent] + pieces[piece.parent].end - pieces[piece.parent].start if piece.parent >= 0 else 0)
+            return torch.cat([torch.arange(piece.end - piece.start) + start for piece, start in zip(pieces, starts, strict=True)])[None]
+        found: list[np.ndarray] = []
+        ends: list[int] = []
+        for i, piece in enumerate(pieces):
+            is_image = expanded[piece.row][0][piece.start : piece.end] == self.image_token_id
+            positions, end = grid_positions(is_image, grids[i] if grids else (), ends[piece.parent] if piece.parent >= 0 else 0)
+            found.append(positions)
+            ends.append(end)
+        return torch.from_numpy(np.concatenate(found, axis=1))[:, None]
+
+    def _num_filled(self, tokens: int) -> int:
+        """How many of an image's tokens are filled by features."""
+        return tokens if self.image_ids is None else self.image_ids(tokens).count(self.image_token_id)
+
     def _supervised(
         self, pieces: Sequence[_Piece], segments: Sequence[Segment], expanded: Sequence[Expanded]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N,) each: the position before every supervised token, the token, its weight, and which sequence it belongs to."""
         found: list[tuple[np.ndarray, ...]] = []
-        sequences: dict[int, int] = {}
+        sequences: dict[tuple[int, int], int] = {}
         for piece, segment in zip(pieces, segments, strict=True):
             _, labels, weights = (values[piece.start : piece.end] for values in expanded[piece.row])
             inside = np.flatnonzero(labels >= 0)
@@ -209,17 +270,19 @@ class Collator:
                 inside = inside[inside > 0]  # the first token of a row has no predecessor
             before = segment.start + inside - 1
             before[inside == 0] = segments[piece.parent].end - 1
-            found.append((before, labels[inside], weights[inside], np.full(len(inside), sequences.setdefault(piece.row, len(sequences)))))
+            if len(inside):
+                number = sequences.setdefault((piece.row, piece.sequence), len(sequences))
+                found.append((before, labels[inside], weights[inside], np.full(len(inside), number)))
         places, targets, weight, sequence = (torch.from_numpy(np.concatenate(values)) for values in zip(*found, strict=True))
         return places.long(), targets.long(), weight, sequence.long()
 
-    def _images_of(self, piece: _Piece, rows: Sequence[Row], expanded: Sequence[Expanded]) -> Iterator[tuple[Place, int]]:
+    def _images_of(self, piece: _Piece, rows: Sequence[Row], expanded: Sequence[Expanded]) -> Iterator[Image]:
         """The images of a row that stand in a piece of it: images are whole, so their tokens tell."""
-        ends = np.cumsum(rows[piece.row].image_tokens)
+        ends = np.cumsum([self._num_filled(tokens) for tokens in rows[piece.row].image_tokens])
         first, last = (np.count_nonzero(expanded[piece.row][0][:place] == self.image_token_id) for place in (piece.start, piece.end))
         return itertools.islice(_images(rows[piece.row]), int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "right")))
 
-    def _pixels(self, images: list[tuple[Place, int]], rows: Sequence[Row]) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
+    def _pixels(self, images: list[Image], rows: Sequence[Row]) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
         places = list(dict.fromkeys(place for place, _ in images))
         try:
             opened = dict(zip(places, open_images(places), strict=True))
@@ -240,11 +303,11 @@ def _common(numbers: Sequence[int], expanded: Sequence[Expanded]) -> int:
     return min([shortest, *(int(places[0]) for places in different if len(places))])
 
 
-def _images(row: Row) -> Iterator[tuple[Place, int]]:
+def _images(row: Row) -> Iterator[Image]:
     return zip(row.images, row.image_tokens, strict=True)
 
 
-def distinct_images(rows: Sequence[Row]) -> list[tuple[Place, int]]:
+def distinct_images(rows: Sequence[Row]) -> list[Image]:
     """Every image of some rows once, with its number of tokens, in order of first use; one that comes with another number is processed in another way."""
     return list(dict.fromkeys(image for row in rows for image in _images(row)))
 

@@ -42,8 +42,9 @@ def default_cache_dir() -> Path:
 class Rows(Sequence[Row]):
     """The admitted rows of some stores, in order; each is read from disk when it is asked for.
 
-    `lengths`, `num_images` and `supervised` (N,) count each row's tokens, images and supervised tokens; `copies` (N,) says how often it comes in an epoch,
-    `sources` (N,) which store it is of; `prefixes` (N,) are equal for rows that begin alike, `prefix_lengths` and `prefix_images` (N,) count what they share.
+    `lengths`, `num_images`, `image_tokens` and `supervised` (N,) count each row's tokens, images, their tokens and supervised tokens; `copies` (N,) says how
+    often it comes in an epoch, `sources` (N,) which store it is of; `prefixes` (N,) are equal for rows that begin alike, `prefix_lengths`, `prefix_images` and
+    `prefix_image_tokens` (N,) count what they share.
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]):
@@ -52,7 +53,9 @@ class Rows(Sequence[Row]):
         self._positions = np.concatenate(positions) if positions else np.zeros(0, np.int64)
         self._store = np.repeat(np.arange(len(self.stores)), [len(part) for part in positions])
         self.lengths, self.num_images, self.supervised = (self._admitted(name, positions) for name in ("length", "num_images", "supervised"))
+        self.image_tokens = self._admitted("image_tokens", positions)
         self.prefixes, self.prefix_lengths, self.prefix_images = (self._admitted(f"prefix{name}", positions) for name in ("", "_length", "_images"))
+        self.prefix_image_tokens = self.prefix_lengths - (self._admitted("prefix_ids", positions) - self.prefix_images)
         self.sources = self._store
         self.copies = np.asarray(weights, np.float64)[self._store]
 
@@ -174,7 +177,7 @@ def _is_usable(folder: Path, start: float) -> bool:
 def _key(source: Source, settings: str) -> str:
     taken = None if source.taken is None else hashlib.sha256(source.taken.tobytes()).hexdigest()
     roots = [[str(root.resolve()) for root in group] for group in (source.image_roots, source.video_roots)]
-    return hashlib.sha256(repr([source.content_hash(), settings, source.format, roots, taken]).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr([source.content_hash(), settings, source.format, roots, taken, SCHEMA.names]).encode()).hexdigest()[:32]
 
 
 def _build(sources: list[Source], folders: list[Path], reader: RowReader, workers: int, show_progress: bool) -> None:

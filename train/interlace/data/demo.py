@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from tqdm import tqdm
 
 from interlace.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
 MODEL = FOLDER / "model"
-VERSION = "5"  # raise it when the recipe below changes: files are made anew
+VERSION = "10"  # raise it when the recipe below changes: files are made anew
 IMAGE_SIZE = 32
 BASE_TASKS = ("name", "name_k", "read", "text")
 NEW_TASKS = ("largest", "even", "find")
@@ -33,13 +34,18 @@ _ROWS = {
     "validation": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 200),
     "test": dict.fromkeys((*BASE_TASKS, *NEW_TASKS), 300),
 }
-SPLITS = tuple(_ROWS)
+# pairs of a right answer and a near miss: those to learn from show three in ten as negatives, which no other row does; those to test on, all
+_PAIRS = {"preference": 4_800, "preference_validation": 300, "preference_test": 400}
+_NEGATIVES = {"preference": 0.3, "preference_validation": 1.0, "preference_test": 1.0}
+_SCANS_OF_PAIRS = {"preference": "train", "preference_validation": "validation", "preference_test": "test"}
+_ALIKE = {0: (6, 8, 9), 1: (4, 7), 2: (3, 7), 3: (2, 5, 8, 9), 4: (1, 7, 9), 5: (3, 6, 9), 6: (0, 5, 8), 7: (1, 4, 9), 8: (1, 3, 9), 9: (3, 4, 7, 8)}
+SPLITS = (*_ROWS, *_PAIRS)
 LETTERS = "ABCD"
 Scans = dict[int, list[int]]  # digit -> scan numbers
 
 
 def prepare() -> Path:
-    """The folder that holds `pretrain.json`, `train.json`, `validation.json`, `test.json` and their images; made on first use.
+    """The folder that holds a json file for each of `SPLITS`, and their images; made on first use.
 
     Raises:
         InputError: scikit-learn, which ships the scans, is not installed, or this is no clone of the repository.
@@ -87,6 +93,11 @@ def write_files(folder: Path, images: np.ndarray, target: np.ndarray) -> None:
             rows = list(compose(name, by_digit))
             random.Random(f"order {name}").shuffle(rows)
             (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+        for name in (name for name, of in _SCANS_OF_PAIRS.items() if of == split):
+            rows = list(compose_pairs(name, by_digit))
+            for file in {file for row in rows for file in row.get("images", []) if "negative-" in file}:
+                PIL.ImageOps.invert(PIL.Image.open(folder / file.replace("negative-", ""))).save(folder / file)
+            (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
 
 
 def draw(scan: np.ndarray, randomness: random.Random | None) -> PIL.Image.Image:
@@ -108,14 +119,47 @@ def compose(split: str, by_digit: Scans) -> Iterator[dict[str, Any]]:
         randomness = random.Random(f"{split} {task}")
         for number in range(count):
             digits, question, answer = TASKS[task](randomness)
-            files = [f"images/{randomness.choice(by_digit[digit]):04d}-{randomness.randrange(_VARIANTS[split])}.png" for digit in digits]
-            places = [f"Image {LETTERS[i]}: <image>\n" for i in range(len(files))] if len(files) > 1 else ["<image>\n"] * len(files)
+            files = _pictures(digits, by_digit, randomness, _VARIANTS[split])
             yield {
                 "id": f"{split}-{task}-{number}",
-                **({"image": files} if files else {}),
-                "conversations": [{"from": "human", "value": "".join(places) + question}, {"from": "gpt", "value": answer}],
+                **({"image": [f"images/{file}" for file in files]} if files else {}),
+                "conversations": [{"from": "human", "value": _with_places(question, len(files))}, {"from": "gpt", "value": answer}],
                 "metadata": {"dataset": task, "split": split},
             }
+
+
+def compose_pairs(split: str, by_digit: Scans) -> Iterator[dict[str, Any]]:
+    """The rows of a split as pairs: the right answer, and the same with one digit for another that looks alike."""
+    randomness = random.Random(split)
+    for number in range(_PAIRS[split]):
+        is_negative = randomness.random() < _NEGATIVES[split]
+        task = randomness.choice(("name", "name_k", "read") if is_negative else (*BASE_TASKS, *NEW_TASKS))
+        digits, question, answer = TASKS[task](randomness)
+        near = {"yes": "no", "no": "yes"}.get(answer) or _with_another_digit(answer, randomness)
+        files = _pictures(digits, by_digit, randomness, _VARIANTS[_SCANS_OF_PAIRS[split]])
+        yield {
+            "id": f"{split}-{number}",
+            **({"images": [f"images/{'negative-' * is_negative}{file}" for file in files]} if files else {}),
+            "prompt": _with_places(question, len(files)),
+            "chosen": answer,
+            "rejected": near,
+            "metadata": {"dataset": task, "split": split},
+        }
+
+
+def _with_another_digit(answer: str, randomness: random.Random) -> str:
+    """The answer with one of its digits replaced by one that looks alike."""
+    place = randomness.choice([i for i, letter in enumerate(answer) if letter.isdigit()])
+    return f"{answer[:place]}{randomness.choice(_ALIKE[int(answer[place])])}{answer[place + 1 :]}"
+
+
+def _pictures(digits: list[int], by_digit: Scans, randomness: random.Random, variants: int) -> list[str]:
+    return [f"{randomness.choice(by_digit[digit]):04d}-{randomness.randrange(variants)}.png" for digit in digits]
+
+
+def _with_places(question: str, count: int) -> str:
+    """The question behind a place for each image."""
+    return "".join([f"Image {LETTERS[i]}: <image>\n" for i in range(count)] if count > 1 else ["<image>\n"] * count) + question
 
 
 def _some_digits(randomness: random.Random, least: int) -> list[int]:

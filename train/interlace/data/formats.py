@@ -48,6 +48,8 @@ def recognise(record: Any) -> tuple[str, str]:
         found.append(("alpaca", "`instruction` and `output`"))
     if len(found) > 1:
         raise BadRow("ambiguous", f"the row has {' and also '.join(why for _, why in found)}; say which with `format` in the dataset entry")
+    if not found and "chosen" in has:
+        return "preference", "a chosen answer"
     if not found:
         raise BadRow("unknown_format", f"expected `conversations`, `messages` or another known form; got the keys {sorted(map(str, record))[:8]}")
     return found[0]
@@ -134,13 +136,15 @@ def from_preference(record: Mapping[str, Any]) -> PreferencePair:
         rejected_value = record.get("rejected_response") if record.get("rejected_response") is not None else record.get("rejected_messages")
     if prompt_value is None and isinstance(chosen_value, list) and isinstance(rejected_value, list):
         prompt_value = _common_start(chosen_value, rejected_value)
+        if not prompt_value:
+            raise BadRow("different_prompts", "the chosen and the rejected conversation do not begin with the same prompt")
     if prompt_value is None:
         raise BadRow("unknown_format", f"a preference row without a prompt; got the keys {sorted(map(str, record))[:8]}")
     prompt, note = _finished_prompt(record, prompt_value, media)
-    other = _finished_prompt(record, prompt_value, rejected_media)[0] if rejected_media is not None else None
+    other = _finished_prompt(record, prompt_value, rejected_media)[0] if rejected_media is not None else prompt
     chosen, rejected = (_answer(_without_prompt(value, prompt_value), name, media) for value, name in ((chosen_value, "chosen"), (rejected_value, "rejected")))
     identifier, metadata = identity(record)
-    return PreferencePair(tuple(prompt), chosen, rejected, None if other is None else tuple(other), identifier, metadata, note)
+    return PreferencePair(tuple(prompt), chosen, rejected, None if other == prompt else tuple(other), identifier, metadata, note)
 
 
 FORMATS: dict[str, Format] = {
@@ -243,8 +247,12 @@ def _prompt_turns(value: Any, media: RecordMedia) -> list[Turn]:
 
 def _answer(value: Any, name: str, media: RecordMedia) -> Turn:
     """One assistant turn from a text, a message, or a list that holds one."""
+    if value is None:
+        raise BadRow("missing_answer", f"`{name}` is missing")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    if isinstance(value, list) and value:
+        raise BadRow("different_prompts", f"`{name}` holds {len(value)} messages; expected one answer, or the row's prompt and one answer")
     if isinstance(value, str):
         turn = Turn("assistant", (Text(value),))
     elif isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Lengths in expanded tokens, known without decoding, and what happens to a row that is too long."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +9,7 @@ from interlace.data.sample import BadRow
 from interlace.data.template import IGNORE_INDEX, Encoded
 
 TooLong = Literal["drop_turns", "drop_row", "error", "fewer_frames"]
+ImageIds = Callable[[int], Sequence[int]]  # an image's number of tokens -> its ids: those that features fill, and what the model has around and between them
 
 
 def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:
@@ -16,11 +17,31 @@ def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:
     return len(encoded.input_ids) - encoded.num_images + sum(image_tokens)
 
 
-def expand(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`input_ids`, `labels`, `weights` with each image as its run of `image_token_id`, unsupervised; (expanded length,) each."""
+def longest_path(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int) -> int:
+    """Tokens that the last token of a row can look back on, itself included: all of them; of a preference pair, the prompt and the longer answer."""
+    length = expanded_length(encoded, image_tokens)
+    if not encoded.leaf_starts:
+        return length
+    counts = np.ones(len(encoded.input_ids), np.int64)
+    counts[encoded.input_ids == image_token_id] = image_tokens
+    chosen, rejected = (int(counts[:start].sum()) for start in encoded.leaf_starts)
+    return chosen + max(rejected - chosen, length - rejected)
+
+
+def expand(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, image_ids: ImageIds | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`input_ids`, `labels`, `weights` with each image as all of its tokens, unsupervised; (expanded length,) each.
+
+    Args:
+        image_ids: None for a run of `image_token_id`.
+    """
+    is_image = encoded.input_ids == image_token_id
     repeats = np.ones(len(encoded.input_ids), np.int64)
-    repeats[encoded.input_ids == image_token_id] = image_tokens
-    return tuple(np.repeat(values, repeats) for values in (encoded.input_ids, encoded.labels, encoded.weights))  # type: ignore[return-value]
+    repeats[is_image] = image_tokens
+    ids, labels, weights = (np.repeat(values, repeats) for values in (encoded.input_ids, encoded.labels, encoded.weights))
+    if image_ids is not None:
+        for start, tokens in zip((repeats.cumsum() - repeats)[is_image], image_tokens, strict=True):
+            ids[start : start + tokens] = image_ids(tokens)
+    return ids, labels, weights
 
 
 def prefix_of(encoded: Encoded, image_token_id: int) -> tuple[int, int]:
@@ -41,7 +62,7 @@ def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_
     Raises:
         BadRow: `too_long` if even the first exchange does not fit, if what fits teaches nothing, or by policy.
     """
-    length = expanded_length(encoded, image_tokens)
+    length = longest_path(encoded, image_tokens, image_token_id)
     if length <= max_length:
         return encoded, ""
     if too_long not in ("drop_turns", "fewer_frames") or encoded.leaf_starts:  # an answer of a preference pair cannot be left out

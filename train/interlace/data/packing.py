@@ -21,7 +21,7 @@ from interlace.errors import InputError
 
 MicroBatch = list[int]
 _OPEN_BATCHES = 64  # how many unfilled micro-batches are kept to find a place for the next row
-_WINDOW = 32  # steps whose micro-batches are sorted by cost, so that those of a step take equally long
+_WINDOW = 8  # steps whose micro-batches are sorted by cost, so that those of a step take equally long
 
 
 def token_budget(lengths: Sequence[int] | np.ndarray, rows_per_batch: int, max_tokens_per_batch: int | None) -> int:

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, groupby, pairwise
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from interlace.data.batch import ProcessImages
 from interlace.data.ledger import Entry, Ledger, Status
-from interlace.data.lengths import expand
+from interlace.data.lengths import ImageIds, expand
 from interlace.data.media import open_images
 from interlace.data.reading import Headers, Outcome, Record, Row
 from interlace.data.sample import BadRow, Place
@@ -204,12 +205,14 @@ class Viewer:
     """Turns what became of a record into what the page shows.
 
     Args:
-        process_images: RGB images -> (K, 3, height, width) pixel values, as they enter the model.
+        process_images: RGB images -> pixel values, as they enter the model.
+        picture: pixel values of one image of this (width, height) -> (3, height, width), all of it as far as the model sees it.
         mean, std: what these were normalised with, per channel.
         image_token_id: the id that stands for an image.
     """
 
     process_images: ProcessImages
+    picture: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
     mean: Sequence[float]
     std: Sequence[float]
     image_token_id: int
@@ -248,8 +251,8 @@ class Viewer:
         except BadRow as error:
             raise InputError(f"{row.file}: row {row.index}: {error.reason}: {error.detail}") from None
         for place, tokens, image in zip(row.images, row.image_tokens, images, strict=True):
-            tiles = np.asarray(self.process_images([image], [tokens]))  # the first one shows the whole image
-            after = restored(tiles[0], self.mean, self.std)
+            picture = self.picture(self.process_images([image], [tokens]), image.size)
+            after = restored(picture.numpy(), self.mean, self.std)
             name = _short_name(place, (*record.source.image_roots, *record.source.video_roots))
             seconds = None
             if place.pts is not None:
@@ -296,7 +299,7 @@ def data_uri(image: PIL.Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def preview_line(file: str, row: Row | None, entry: Entry | None, image_token_id: int) -> dict[str, Any]:
+def preview_line(file: str, row: Row | None, entry: Entry | None, image_token_id: int, image_ids: ImageIds | None = None) -> dict[str, Any]:
     """One row of `preview_data.py --json`, its ids expanded, as they are trained; one of `row` and `entry` may be None.
 
     `input_ids` and `labels`; for a preference pair `prompt_ids`, `chosen_ids` and `rejected_ids`; none for a skipped row.
@@ -308,7 +311,7 @@ def preview_line(file: str, row: Row | None, entry: Entry | None, image_token_id
     if row is None:
         return line
     line |= {"length": row.length, "num_images": len(row.images)}
-    ids, labels, _ = expand(row.encoded, row.image_tokens, image_token_id)
+    ids, labels, _ = expand(row.encoded, row.image_tokens, image_token_id, image_ids)
     if not row.encoded.leaf_starts:
         return line | {"input_ids": ids.tolist(), "labels": labels.tolist()}
     widths = np.ones(len(row.encoded.input_ids), np.int64)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from interlace.data.formats import FORMATS, recognise
 from interlace.data.ledger import Entry
-from interlace.data.lengths import TooLong, expanded_length, fit, most_frames, prefix_of
+from interlace.data.lengths import TooLong, expanded_length, fit, longest_path, most_frames, prefix_of
 from interlace.data.media import check_image
 from interlace.data.places import Finder, MediaFolder, frame_folder
 from interlace.data.sample import BadRow, Image, Part, Place, PreferencePair, Sample, Text, Turn, Video, media_of
@@ -17,9 +17,10 @@ from interlace.data.sources import Source
 from interlace.data.template import ChatTemplate, Encoded
 from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers
 
+Kind = Literal["supervised", "preference"]
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-_VERSION = 5  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 7  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def records_of(sources: Sequence[Source]) -> Iterator[Record]:
             yield Record(source, index, value)
 
 
-def wanted_kind(sources: Sequence[Source]) -> Literal["supervised", "preference"]:
+def wanted_kind(sources: Sequence[Source]) -> Kind:
     """Which kind of rows the sources hold, by the first one that can be recognised."""
     for record in records_of(sources):
         value = record.value.value if isinstance(record.value, ArchiveRow) else record.value
@@ -157,7 +158,7 @@ class RowReader:
     kept: MediaFolder
     num_frames: int = 16
     video_fps: float | None = None
-    kind: Literal["supervised", "preference"] = "supervised"
+    kind: Kind = "supervised"
 
     def fingerprint(self) -> str:
         """A hash of everything, beside the record and its media, that decides what a row becomes."""
@@ -225,7 +226,7 @@ class RowReader:
         """The row's ids with the places and tokens of its images, and what was done to its videos ("" if nothing)."""
         encoded, places, tokens = self._written(sample, visuals, self.num_frames, headers)
         videos = [visual for visual in visuals if visual.is_video]
-        length = expanded_length(encoded, [count for counts in tokens for count in counts])
+        length = longest_path(encoded, [count for counts in tokens for count in counts], self.template.image_token_id)
         fewer = ""
         if videos and self.too_long == "fewer_frames" and length > self.max_length:
             frame_tokens = [counts for visual, counts in zip(visuals, tokens, strict=True) if visual.is_video]

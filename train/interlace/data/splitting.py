@@ -10,12 +10,13 @@ from interlace.data.batch import PackedBatch, Segment
 
 def split(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
     """Two batches with about half of the tokens each, between two rows; None for a single row. Rows that shared a trunk on both sides have it twice then."""
+    apart = batch.sequences_per_row
     parents = {segment.parent for segment in batch.segments}
     leaves = [number for number in range(len(batch.segments)) if number not in parents]  # one for each sequence, in order
-    if len(leaves) < 2:
+    if len(leaves) <= apart:
         return None
-    ends = torch.tensor([batch.segments[leaf].end for leaf in leaves[:-1]])
-    first = int((ends - batch.num_tokens / 2).abs().argmin()) + 1
+    ends = torch.tensor([batch.segments[leaf].end for leaf in leaves[apart - 1 : -1 : apart]])
+    first = (int((ends - batch.num_tokens / 2).abs().argmin()) + 1) * apart
     return _select(batch, leaves, range(first)), _select(batch, leaves, range(first, len(leaves)))
 
 
@@ -40,7 +41,7 @@ def _select(batch: PackedBatch, leaves: Sequence[int], sequences: range) -> Pack
     selected = dataclasses.replace(
         batch,
         input_ids=batch.input_ids[:, tokens],
-        position_ids=batch.position_ids[:, tokens],
+        position_ids=batch.position_ids[..., tokens],
         segments=tuple(segments),
         rows=place[batch.rows[chosen]],
         targets=batch.targets[chosen],
@@ -65,7 +66,8 @@ def _without_unused_images(batch: PackedBatch) -> PackedBatch:
     count = len(batch.image_tokens)
     is_cached = torch.tensor(batch.is_cached or [False] * count, dtype=torch.bool)
     if not len(used):
-        return dataclasses.replace(batch, pixel_values=None, cached_features=None, image_sizes=(), image_tokens=(), is_cached=(), feature_keys=())
+        nothing: dict[str, tuple[()]] = dict.fromkeys(("image_sizes", "image_tokens", "image_grids", "is_cached", "feature_keys"), ())
+        return dataclasses.replace(batch, pixel_values=None, cached_features=None, **nothing)  # type: ignore[arg-type]
     tiles = sum(len(tensor) for tensor in (batch.pixel_values, batch.cached_features) if tensor is not None)
     if len(used) == count or tiles != count:
         return batch
@@ -81,6 +83,7 @@ def _without_unused_images(batch: PackedBatch) -> PackedBatch:
         cached_features=batch.cached_features[cached] if batch.cached_features is not None and cached.any() else None,
         image_sizes=tuple(batch.image_sizes[i] for i in kept),
         image_tokens=tuple(batch.image_tokens[i] for i in kept),
+        image_grids=tuple(batch.image_grids[i] for i in kept) if batch.image_grids else (),
         is_cached=tuple(batch.is_cached[i] for i in kept) if batch.is_cached else (),
         feature_keys=tuple(batch.feature_keys[i] for i in kept) if batch.feature_keys else (),
     )

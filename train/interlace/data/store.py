@@ -60,6 +60,7 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("supervised", pa.int32()),
         ("num_images", pa.int32()),
+        ("image_tokens", pa.int32()),
         ("prefix", pa.int64()),  # a hash; 0 if the row shares nothing
         ("prefix_ids", pa.int32()),
         ("prefix_images", pa.int32()),
@@ -85,7 +86,7 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
     if entry is not None:
         values |= {"reason": entry.reason, "detail": entry.detail}
     if row is None:
-        return values | dict.fromkeys(("length", "supervised", "num_images", "prefix", "prefix_ids", "prefix_images", "prefix_length"), 0)
+        return values | dict.fromkeys(("length", "supervised", "num_images", "image_tokens", "prefix", "prefix_ids", "prefix_images", "prefix_length"), 0)
     media = [
         {"path": place.path, "offset": place.offset, "size": place.size, "pts": place.pts, "tokens": tokens}
         for place, tokens in zip(row.images, row.image_tokens, strict=True)
@@ -96,6 +97,7 @@ def _to_dict(outcome: Outcome, stats: dict[str, tuple[int, int]]) -> dict[str, A
         "length": row.length,
         "supervised": row.supervised_tokens,
         "num_images": len(row.images),
+        "image_tokens": sum(row.image_tokens),
         "prefix": _hash(row.prefix) if row.prefix_images else 0,
         **{name: getattr(row, name) for name in ("prefix_ids", "prefix_images", "prefix_length")},
         "input_ids": row.encoded.input_ids,

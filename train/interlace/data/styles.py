@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import Image, Text, Turn
 
-StyleName = Literal["chatml", "vicuna_v1", "plain", "written"]
+StyleName = Literal["chatml", "vicuna_v1", "plain", "smolvlm", "written"]
 
 
 class TextIds(Protocol):
@@ -84,20 +84,23 @@ class Style(ABC):
         return [self.image_token_id, *self.tokenizer.all_special_ids]
 
 
-class ChatML(Style):
-    """`<|im_start|>role`, a newline, the text, `<|im_end|>`, a newline."""
+class MarkedStyle(Style):
+    """A style with a control token that starts and one that ends, and a line break behind the end.
 
-    name = "chatml"
-    default_system_prompt = "You are a helpful assistant."
+    `tokens`: the two; `template`: its Jinja, a line each, to which `default_system_prompt` and `image_token` are told.
+    """
+
     num_supervised = 1
+    tokens: tuple[str, str]
+    template: str
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, newline_after_image: bool = False):
         super().__init__(tokenizer, image_token_id, newline_after_image)
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
+        missing = [token for token in self.tokens if token not in vocabulary]
         if missing:
-            raise ValueError(f"the tokenizer has no {' and no '.join(missing)}; prompt_style chatml needs both")
-        self.start, self._end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
+            raise ValueError(f"the tokenizer has no {' and no '.join(missing)}; prompt_style {self.name} needs both")
+        self.start, self._end = (vocabulary[token] for token in self.tokens)
         self.newline = self.tokenize("\n")
 
     @property
@@ -107,55 +110,11 @@ class ChatML(Style):
     def control(self) -> list[int]:
         return [self.start, self.end, *super().control()]
 
-    def write(self, turns: Sequence[Turn], text_ids: TextIds) -> list[Piece]:
-        """See `Style`; the header's text runs on into a body that is no answer."""
-        return [self._piece(turn, text_ids) for turn in turns]
-
-    def _piece(self, turn: Turn, text_ids: TextIds) -> Piece:
-        tail = [self.end, *self.newline]
-        if turn.role == "assistant" and (self.trims_answers or trim_answer(turn.text) == turn.text):
-            return Piece([self.start, *text_ids("assistant\n")], text_ids(trim_answer(turn.text)), tail)
-        return Piece([self.start], parts_ids(turn, text_ids, self.image_token_id, self.newline * self.newline_after_image, f"{turn.role}\n"), tail)
-
     def jinja(self, system_prompt: str, image_token: str) -> str:
         """See `Style`. Where an image's own newline meets one of the text, tokenizers make one token of the rendered two."""
         image = image_token + "\n" * self.newline_after_image
         head = f"{{%- set default_system_prompt = {quoted(system_prompt)} -%}}{{%- set image_token = {quoted(image)} -%}}"
-        return head + "".join(_CHATML.strip().split("\n"))
-
-
-def parts_ids(
-    turn: Turn, text_ids: TextIds, image_token_id: int, behind_image: list[int], start: str = "", end: str = "", first: Callable[[str], list[int]] | None = None
-) -> list[int]:
-    """Text and images of a turn in order.
-
-    Args:
-        behind_image: ids that follow every image. start, end: text before and behind, one piece with the turn's own. first: writes the first piece.
-    """
-    ids: list[int] = []
-    run = start
-    write: Callable[[str], list[int]] = first or text_ids
-    for part in turn.parts:
-        if isinstance(part, Text):
-            run += part.text
-            continue
-        assert isinstance(part, Image), "a video becomes images before it is written"
-        ids += [*write(run), image_token_id, *behind_image]
-        run, write = "", text_ids
-    return ids + write(run + end)
-
-
-def trim_answer(text: str) -> str:
-    """An answer without its leading white space if that holds a line break, which would merge with the header's."""
-    bare = text.lstrip()
-    lead = text[: len(text) - len(bare)]
-    return bare if "\n" in lead or "\r" in lead else text
-
-
-def quoted(text: str) -> str:
-    """A text as a Jinja literal."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{escaped}'"
+        return head + "".join(self.template.strip().split("\n"))
 
 
 _CHATML = """
@@ -190,3 +149,56 @@ _CHATML = """
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+class ChatML(MarkedStyle):
+    """`<|im_start|>role`, a newline, the text, `<|im_end|>`, a newline."""
+
+    name = "chatml"
+    default_system_prompt = "You are a helpful assistant."
+    tokens = ("<|im_start|>", "<|im_end|>")
+    template = _CHATML
+
+    def write(self, turns: Sequence[Turn], text_ids: TextIds) -> list[Piece]:
+        """See `Style`; the header's text runs on into a body that is no answer."""
+        return [self._piece(turn, text_ids) for turn in turns]
+
+    def _piece(self, turn: Turn, text_ids: TextIds) -> Piece:
+        tail = [self.end, *self.newline]
+        if turn.role == "assistant" and (self.trims_answers or trim_answer(turn.text) == turn.text):
+            return Piece([self.start, *text_ids("assistant\n")], text_ids(trim_answer(turn.text)), tail)
+        return Piece([self.start], parts_ids(turn, text_ids, self.image_token_id, self.newline * self.newline_after_image, f"{turn.role}\n"), tail)
+
+
+def parts_ids(
+    turn: Turn, text_ids: TextIds, image_token_id: int, behind_image: list[int], start: str = "", end: str = "", first: Callable[[str], list[int]] | None = None
+) -> list[int]:
+    """Text and images of a turn in order.
+
+    Args:
+        behind_image: ids that follow every image. start, end: text before and behind, one piece with the turn's own. first: writes the first piece.
+    """
+    ids: list[int] = []
+    run = start
+    write: Callable[[str], list[int]] = first or text_ids
+    for part in turn.parts:
+        if isinstance(part, Text):
+            run += part.text
+            continue
+        assert isinstance(part, Image), "a video becomes images before it is written"
+        ids += [*write(run), image_token_id, *behind_image]
+        run, write = "", text_ids
+    return ids + write(run + end)
+
+
+def trim_answer(text: str) -> str:
+    """An answer without its leading white space if that holds a line break, which would merge with the header's."""
+    bare = text.lstrip()
+    lead = text[: len(text) - len(bare)]
+    return bare if "\n" in lead or "\r" in lead else text
+
+
+def quoted(text: str) -> str:
+    """A text as a Jinja literal."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"

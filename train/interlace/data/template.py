@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn
+from interlace.data.smolvlm import SmolVLM
 from interlace.data.styles import ChatML, Piece, Style, StyleName
 from interlace.data.vicuna import Plain, Vicuna
 from interlace.data.written import Written
@@ -17,7 +18,7 @@ from interlace.data.written import Written
 IGNORE_INDEX = -100
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
 Placement = Literal["interleaved", "in_front", "mixed", "llava_next"]
-STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain}
+STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain, "smolvlm": SmolVLM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class ChatTemplate:
         image_placement: where the images of a turn stand; see `placed`. image_placement_ratio: for `mixed`.
         newline_after_image: a line break, a token of its own, behind every image.
         form: see `read_form`; in place of a style.
+        image_text: what the template to save writes for an image; None for the text of `image_token_id`.
 
     Raises:
         ValueError: the tokenizer does not go with the style.
@@ -67,11 +69,12 @@ class ChatTemplate:
         image_placement_ratio: float = 0.5,
         newline_after_image: bool = False,
         form: dict[str, str] | None = None,
+        image_text: str | None = None,
     ):
         self.tokenizer, self.image_token_id, self.label_policy = tokenizer, image_token_id, label_policy
         written = None if form is None else Written(tokenizer, image_token_id, newline_after_image, form)
         self.style: Style = written or STYLES[prompt_style](tokenizer, image_token_id, newline_after_image)
-        self.form = form
+        self.form, self.image_text = form, image_text or str(tokenizer.convert_ids_to_tokens(image_token_id))
         self.style.trims_answers = label_policy != "llava_next"
         self.system_prompt = self.style.default_system_prompt if system_prompt is None else system_prompt
         self.image_placement, self.image_placement_ratio = image_placement, image_placement_ratio
@@ -144,10 +147,12 @@ class ChatTemplate:
         """Prompt, chosen and rejected answer one behind the other; the answers and what ends them are supervised.
 
         Raises:
-            BadRow: a control token in the text, or turns that have no form in the style.
+            BadRow: a control token in the text, turns that have no form in the style, or two equal answers.
         """
         prompt = self.encode_prompt(pair.prompt)
         answers = [self._answer_ids(pair.prompt, pair.chosen), self._answer_ids(pair.rejected_prompt or pair.prompt, pair.rejected)]
+        if answers[0] == answers[1] and pair.rejected_prompt is None:
+            raise BadRow("equal_answers", "the chosen and the rejected answer are the same tokens on the same images: there is nothing to prefer")
         own = [[], []] if pair.rejected_prompt is None else [prompt, self.encode_prompt(pair.rejected_prompt)]
         ids, labels = (prompt, [IGNORE_INDEX] * len(prompt)) if pair.rejected_prompt is None else ([], [])
         starts = []
@@ -177,7 +182,7 @@ class ChatTemplate:
 
     def jinja(self) -> str:
         """The template to save with the model: renders every conversation to the ids of `encode`, images where the messages have them."""
-        return self.style.jinja(self.system_prompt, str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)))
+        return self.style.jinja(self.system_prompt, self.image_text)
 
     def _prepared(self, turns: Iterable[Turn]) -> list[Turn]:
         """With a system turn, and images where they are to stand."""

@@ -49,7 +49,7 @@ class Generator:
     def expanded(self, ids: Sequence[int], image_tokens: Sequence[int]) -> list[int]:
         """Ids with each image as all of its tokens, `image_tokens` of each."""
         image, counts = self.processing.config.image_token_id, iter(image_tokens)
-        return [token for single in ids for token in [single] * (next(counts) if single == image else 1)]
+        return [token for single in ids for token in (self.processing.images.ids(next(counts)) if single == image else [single])]
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
@@ -66,7 +66,7 @@ class Generator:
         ids = torch.tensor([[pad] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts], device=self.device)
         images = iter(open_images([place for prompt in prompts for place in prompt.images]))
-        vision = self.processing.generation_inputs([[next(images) for _ in prompt.images] for prompt in prompts])
+        vision = self.processing.generation_inputs([[next(images) for _ in prompt.images] for prompt in prompts], ids.cpu())
         if vision:
             vision = {name: values.to(self.device) for name, values in vision.items()}
             vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)

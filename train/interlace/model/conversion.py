@@ -40,7 +40,7 @@ def to_hub(source: str, output_dir: Path, vision_tower: str | None = None, progr
     if original is None:
         wanted = f"its authors' (config.json with {', '.join(TEXT_MODELS)}), or a language model and --vision-tower"
         raise InputError(f"{source} is in Hugging Face's layout already; expected {wanted}")
-    with _whole_or_not_at_all(output_dir) as scratch:
+    with whole_or_not_at_all(output_dir) as scratch:
         write_sharded(original.tensors, scratch, progress)
         save_config(original.config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[original.config.model_type], scratch)
         original.tokenizer.save_pretrained(scratch)
@@ -61,14 +61,14 @@ def to_original(source: str, output_dir: Path, progress: Progress = iter) -> Non
         raise InputError(f"{source} is in its authors' layout already; expected Hugging Face's")
     config, image_processor = load_config(source), load_processing(source).image_processor
     tensors, settings = original_form(folder, config, bool(getattr(image_processor, "do_pad", False)))
-    with _whole_or_not_at_all(output_dir) as scratch:
+    with whole_or_not_at_all(output_dir) as scratch:
         write_sharded(tensors, scratch, progress)
         (scratch / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         copy_files(folder, scratch, (*_TOKENIZER_FILES, *LICENCE_FILES))
 
 
 @contextmanager
-def _whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
+def whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
     """A scratch folder that becomes `output_dir` at the end, and is removed when something fails."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as name:

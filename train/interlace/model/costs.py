@@ -6,7 +6,7 @@ query and a key that the rule of the segments allows (the causal half) and twice
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,19 +16,21 @@ from transformers import PretrainedConfig
 
 from interlace.data.batch import PackedBatch, Segment
 from interlace.model.attention import ancestors
-from interlace.model.families import unused_vision_parameters
+from interlace.model.families import Family
 from interlace.model.tuning import TunedModel
 
 # Linear layers that read the same input, in the order in which a block runs them
 STAGES = ({"q_proj", "k_proj", "v_proj"}, {"o_proj", "out_proj"}, {"gate_proj", "up_proj", "fc1"}, {"down_proj", "fc2"})
+BLOCKS = ("layers", "blocks", "layer")  # what towers call the list of their blocks, what stands before these, and the attention in them
+EMBEDDINGS, ATTENTION = {"embeddings", "patch_embed", "pos_embed"}, ("self_attn.", "attn.", "attention.")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What the cost of a micro-batch depends on; linear in all four, so shapes of batches may be summed or averaged.
+    """What the cost of a micro-batch depends on; linear in all, so shapes of batches may be summed or averaged.
 
-    num_tokens: T. num_pairs: pairs of a query and a key that it attends to. num_images: distinct images. num_rows: N, the rows that `lm_head` sees.
-    num_cached: of the images, those whose features are there already.
+    num_tokens: T. num_pairs: pairs of a query and a key that it attends to. num_images: tiles of distinct images. num_rows: N, the rows that `lm_head` sees.
+    num_cached: of the tiles, those whose features are there already. num_tile_pairs: pairs of two tiles of one image, of those that the tower sees.
     """
 
     num_tokens: float
@@ -36,12 +38,14 @@ class BatchShape:
     num_images: float
     num_rows: float
     num_cached: float = 0.0
+    num_tile_pairs: float = 0.0
 
 
 def shape_of(batch: PackedBatch) -> BatchShape:
     """The shape of a batch."""
     new, cached = (0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
-    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.rows), cached)
+    pairs = sum((rows * columns) ** 2 for rows, columns in batch.new_grids)
+    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.rows), cached, pairs)
 
 
 def attended_pairs(segments: Sequence[Segment]) -> int:
@@ -78,9 +82,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """The costs of the parts: of the tower and the projector per image, of the language model's layers per token and pair, of `lm_head` per row."""
+    """The costs of the parts: of the tower and the projector per tile, of the tower's attention over whole images per pair of tiles, of the language model's
+    layers per token and pair, of `lm_head` per row."""
 
     vision_tower: Cost
+    vision_attention: Cost
     projector: Cost
     language_model: Cost
     attention: Cost
@@ -89,12 +95,17 @@ class StepCosts:
     def parts(self, shape: BatchShape) -> dict[str, Cost]:
         """part -> its cost in a micro-batch, forward and backward."""
         return {
-            "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached),
+            "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached) + self.vision_attention.times(shape.num_tile_pairs),
             "projector": self.projector.times(shape.num_images),
             "language_model": self.language_model.times(shape.num_tokens),
             "attention": self.attention.times(shape.num_pairs),
             "lm_head": self.lm_head.times(shape.num_rows),
         }
+
+    def with_reference(self) -> "StepCosts":
+        """With one more forward pass of all behind the tower: preference tuning asks a reference model, too."""
+        parts = {name: getattr(self, name) for name in ("projector", "language_model", "attention", "lm_head")}
+        return replace(self, **{name: cost + Cost(cost.forward) for name, cost in parts.items()})
 
     def total(self, shape: BatchShape) -> Cost:
         """The cost of a micro-batch, forward and backward."""
@@ -114,8 +125,8 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
     if isinstance(tower, ModulesToSaveWrapper):  # beside an adapter: a frozen original and the copy that learns
         tower = tower.modules_to_save["default"]
     assert tower is not None
-    vision, tower_learns = _tower_cost(tower, config, vision_checkpointing)
-    projector, learns = _sum(_linears(getattr(base.model, family.projector), tower_learns), recomputed=False)
+    vision, vision_pairs, tower_learns = _tower_cost(tower, config, family, vision_checkpointing)
+    projector, learns = _projector_cost(base.model, config, family, tower_learns)
     model = getattr(base.model, family.language_model)
     # transformers makes the embeddings' output require a gradient when it checkpoints
     learns = bool(learns or base.get_input_embeddings().weight.requires_grad or checkpointing)
@@ -128,33 +139,43 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
         pairs += _attention(width, attention_learns, checkpointing)
     head = base.get_output_embeddings().weight
     row = Cost(2.0 * head.numel(), 2.0 * head.numel() * (int(learns) + int(head.requires_grad)))
-    return StepCosts(vision, projector.times(family.tokens_per_image(config)), layers, pairs, row)
+    return StepCosts(vision, vision_pairs, projector, layers, pairs, row)
 
 
-def _tower_cost(tower: nn.Module, config: PretrainedConfig, checkpointing: bool) -> tuple[Cost, bool]:
-    """Cost per image, and whether the tower learns."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    tokens = patches + int(vision.model_type == "clip_vision_model")
-    total = Cost()
+def _tower_cost(tower: nn.Module, config: PretrainedConfig, family: Family, checkpointing: bool) -> tuple[Cost, Cost, bool]:
+    """Cost per tile, per pair of tiles of one image, and whether the tower learns."""
+    facts = family.tower
+    patches, tokens, width = facts.patches(config), facts.tokens(config), facts.width(config)
+    total, pairs = Cost(), Cost()
     for module in tower.modules():
-        if isinstance(module, nn.Conv2d):  # the patches; pixels need no gradient
+        if isinstance(module, nn.Conv2d | nn.Conv3d):  # the patches; pixels need no gradient
             size = 2.0 * module.weight.numel() * patches
             total += Cost(size, size * int(module.weight.requires_grad))
-    unused = unused_vision_parameters(config, tower)
-    learns = any(parameter.requires_grad for name, parameter in tower.named_parameters() if "embeddings" in name.split("."))
-    for number, layer in enumerate(_layers(tower)):
-        if any(f"layers.{number}.mlp.fc1." in name for name in unused):  # behind the selected layer: not run
+    unused = set(family.unused(config, tower))
+    learns = any(parameter.requires_grad for name, parameter in tower.named_parameters() if EMBEDDINGS & set(name.split(".")))
+    for number, (name, block) in enumerate(_blocks(tower)):
+        if unused.issuperset(f"{name}.{inside}" for inside, _ in block.named_parameters()):  # behind the selected layer: not run
             break
-        attention_learns = learns or any(parameter.requires_grad for parameter in layer.self_attn.parameters())
-        cost, learns = _sum(_linears(layer, learns), recomputed=checkpointing)
+        attention_learns = learns or any(parameter.requires_grad for inside, parameter in block.named_parameters() if inside.startswith(ATTENTION))
+        cost, learns = _sum(_linears(block, learns), recomputed=checkpointing)
         total += cost.times(tokens)
-        total += _attention(vision.hidden_size, attention_learns, checkpointing).times(tokens**2)
-    return total, learns
+        attended = facts.attended(config, number)
+        of_pair = _attention(width, attention_learns, checkpointing)
+        total, pairs = (total, pairs + of_pair.times(tokens**2)) if attended is None else (total + of_pair.times(tokens * attended), pairs)
+    return total, pairs, learns
 
 
-def _layers(tower: nn.Module) -> list[Any]:
-    return [module for name, module in tower.named_modules() if name.split(".")[-2:-1] == ["layers"]]
+def _blocks(tower: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in tower.named_modules() if name.split(".")[-2:-1] and name.split(".")[-2] in BLOCKS]
+
+
+def _projector_cost(model: Any, config: PretrainedConfig, family: Family, below: bool) -> tuple[Cost, bool]:
+    """Cost per tile, and whether anything up to the projector's output learns."""
+    total, learns = Cost(), below
+    for name in family.projector:
+        cost, learned = _sum(_linears(model.get_submodule(name), below), recomputed=False)
+        total, learns = total + cost, learns or learned
+    return total.times(family.tokens_per_tile(config)), learns
 
 
 def _attention(width: int, learns: bool, checkpointing: bool) -> Cost:

@@ -1,10 +1,12 @@
 """Packed batch -> log-probs of the supervised rows: vision once per distinct image, segment attention, `lm_head` on those rows only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,6 +16,10 @@ from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
 from interlace.model.features import FeatureCache
 from interlace.model.head import RowHead, RowScores
+
+
+class ProjectorInTower(nn.Module):
+    """What stays in a model whose vision tower is taken out, where the projector is a part of the tower's module: the projector, under its old name."""
 
 
 class FrozenTower:
@@ -32,25 +38,32 @@ class FrozenTower:
 
     def detach_from(self, model: PreTrainedModel) -> None:
         """Takes the tower out of the model; `attach_to` undoes it."""
-        setattr(model.model, self.family.vision_tower, None)
+        names = self.family.projector_in_tower
+        left = ProjectorInTower() if names else None
+        for name in names:
+            setattr(left, name, getattr(self.module, name))
+            setattr(self.module, name, nn.Identity())
+        setattr(model.model, self.family.vision_tower, left)
 
     def attach_to(self, model: PreTrainedModel) -> None:
         """Puts the tower back, for saving a complete model."""
+        for name in self.family.projector_in_tower:
+            setattr(self.module, name, model.get_submodule(f"model.{self.family.vision_tower}.{name}"))
         setattr(model.model, self.family.vision_tower, self.module)
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the features of an image, or of a tile."""
-        layers, parameter = self.config.vision_feature_layer, next(self.module.parameters())
-        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return int(self.family.tokens_per_image(self.config) * width * parameter.element_size())
+        """Bytes of the features of a tile."""
+        size = next(self.module.parameters()).element_size()
+        return self.family.tokens_per_tile(self.config) * self.family.feature_width(self.config) * size
 
     def features_of(self, batch: PackedBatch) -> torch.Tensor | None:
         """(tiles, tokens, width) of a batch's distinct images, those that are cached as they are; None without images."""
-        made = None if batch.pixel_values is None else self.features(batch.pixel_values)
+        made = None if batch.pixel_values is None else self.features(batch.pixel_values, batch.new_grids)
         if not batch.feature_keys:
             return made
-        counts, is_new = self._num_tiles(batch), [not cached for cached in batch.is_cached]
+        is_new = [not cached for cached in batch.is_cached]
+        counts = [self.family.num_tiles(self.config, *image) for image in zip(batch.image_sizes, batch.image_tokens, strict=True)]
         parts: list[Sequence[torch.Tensor]] = []  # the new ones, the cached ones
         for tensor, wanted in ((made, is_new), (batch.cached_features, batch.is_cached)):
             parts.append([] if tensor is None else tensor.split([count for count, is_wanted in zip(counts, wanted, strict=True) if is_wanted]))
@@ -61,19 +74,13 @@ class FrozenTower:
         new, cached = map(iter, parts)
         return torch.cat([next(new) if fresh else next(cached) for fresh in is_new])
 
-    def _num_tiles(self, batch: PackedBatch) -> list[int]:
-        if self.family.tiling is None:
-            return [1] * len(batch.image_sizes)
-        tiles = self.family.tiling.tiles(self.config)
-        return [tiles.count(size, tokens) for size, tokens in zip(batch.image_sizes, batch.image_tokens, strict=True)]
-
     @torch.no_grad()
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(tiles, channels, height, width) -> (tiles, tokens, width) before the projector; no graph."""
+    def features(self, pixel_values: torch.Tensor, grids: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+        """Pixel values of tiles -> (tiles, tokens, width) before the projector; no graph. grids: see `PackedBatch.image_grids`, of these images."""
         parameter = next(self.module.parameters())
         if parameter.device != pixel_values.device:
             self.module.to(pixel_values.device)
-        return self.family.features(self.config, self.module, pixel_values.to(parameter.dtype))
+        return self.family.features(self.config, self.module, pixel_values.to(parameter.dtype), grids)
 
 
 class PackedModel(nn.Module):
@@ -100,7 +107,8 @@ class PackedModel(nn.Module):
     @property
     def tower(self) -> nn.Module | None:
         """The vision tower, if it is part of this module."""
-        return getattr(self.model.model, self.family.vision_tower)
+        found: nn.Module | None = getattr(self.model.model, self.family.vision_tower)
+        return None if isinstance(found, ProjectorInTower) else found
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """Recomputes the language model's activations in the backward pass; called by the Trainer. Never touches a frozen tower."""
@@ -123,38 +131,44 @@ class PackedModel(nn.Module):
         image_positions: torch.Tensor,
         image_sizes: Sequence[tuple[int, int]] = (),
         image_tokens: Sequence[int] = (),
+        image_grids: Sequence[tuple[int, int]] = (),
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        with_statistics: bool = False,
     ) -> RowScores:
         """Scores the supervised rows of one `PackedBatch` (its fields; see there for shapes).
 
         Args:
             image_features: (tiles, tokens, vision width) from a frozen tower, in place of `pixel_values`.
+            with_statistics: see `RowScores`.
         """
         embeddings = self.model.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            image_features = self._tower_features(pixel_values)
+            image_features = self._tower_features(pixel_values, image_grids)
+        deeper: list[torch.Tensor] = []
         if image_features is None:
             embeddings = embeddings + self._nothing(embeddings)
         else:
             filled = self._image_rows(image_features, image_index, len(image_positions), image_sizes, image_tokens)
-            embeddings = embeddings.index_copy(1, image_positions, filled[None].to(embeddings.dtype))
+            first, *deeper = filled.split(embeddings.shape[-1], dim=-1)
+            embeddings = embeddings.index_copy(1, image_positions, first[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
         forest = Forest(segments, embeddings.device)
-        hidden = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest).last_hidden_state
-        return RowScores(*self.head(hidden[0, rows], self.model.get_output_embeddings(), targets))
+        with _added_behind(language_model.layers, deeper, image_positions):
+            output = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest)
+        hidden = output.last_hidden_state
+        return RowScores(*self.head(hidden[0, rows], self.model.get_output_embeddings(), targets, with_statistics))
 
     def _image_rows(
         self, image_features: torch.Tensor, image_index: torch.Tensor, num_rows: int, image_sizes: Sequence[tuple[int, int]], image_tokens: Sequence[int]
     ) -> torch.Tensor:
-        """(tiles, tokens, vision width) -> (num_rows, text width): the tokens of the image at each place, one place behind the other."""
-        projector = getattr(self.model.model, self.family.projector)
-        projected = projector(image_features.to(self._dtype(projector)))
-        if self.family.tiling is None or not image_sizes:
+        """(tiles, tokens, vision width) -> (num_rows, text width or a multiple): the tokens of the image at each place, one place behind the other."""
+        projected = self.family.project(self.model.model, image_features.to(self._projector_dtype))
+        if not image_sizes or (self.family.tiling is None and len(projected) == len(image_sizes)):  # every tile is an image
             return projected[image_index].flatten(0, 1)
-        tiles = self.family.tiling.tiles(self.config)
-        num_tiles = [tiles.count(size, tokens) for size, tokens in zip(image_sizes, image_tokens, strict=True)]
-        images = self.family.tiling.assemble(self.model.model, projected.split(num_tiles), image_sizes)
+        num_tiles = [self.family.num_tiles(self.config, *image) for image in zip(image_sizes, image_tokens, strict=True)]
+        tiles = projected.split(num_tiles)
+        images = [image.flatten(0, 1) for image in tiles] if self.family.tiling is None else self.family.tiling.assemble(self.model.model, tiles, image_sizes)
         assert [len(image) for image in images] == list(image_tokens)
         lengths = torch.tensor(image_tokens, device=projected.device)
         at_place = lengths[image_index]
@@ -166,34 +180,51 @@ class PackedModel(nn.Module):
     def _nothing(self, like: torch.Tensor) -> torch.Tensor:
         """A zero that hangs on all that images go through: every rank must call the same modules, so a text-only batch sends a zero row (or a blank
         image, if the tower trains) through them."""
-        features = self._tower_features(self._blank_image(like)) if self.tower is not None else self._zero_row(like)
-        total = getattr(self.model.model, self.family.projector)(features).sum()
+        if self.tower is not None:
+            features = self._tower_features(torch.zeros(1, *self.family.tile_shape(self.config), device=like.device), [(1, 1)])
+        else:
+            features = torch.zeros(1, 1, self.family.feature_width(self.config), device=like.device)
+        total = self.family.project(self.model.model, features.to(self._projector_dtype)).sum()
         if self.family.tiling is not None:
             total = total + getattr(self.model.model, self.family.tiling.newline).sum()
         return 0 * total.to(like.dtype)
 
-    def _tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        assert self.tower is not None
-        pixels = pixel_values.to(self._dtype(self.tower))
-        return self.family.features(self.config, self.tower, pixels)
+    def _tower_features(self, pixel_values: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        tower = self.tower
+        if isinstance(tower, ModulesToSaveWrapper):  # beside an adapter: the copy that learns, or the original while the adapter is off
+            tower = tower.original_module if tower.disable_adapters else tower.modules_to_save[tower.active_adapters[0]]
+        assert tower is not None
+        return self.family.features(self.config, tower, pixel_values.to(_dtype(tower)), grids)
 
-    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
-        vision = self.config.vision_config
-        return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=like.device)
+    @property
+    def _projector_dtype(self) -> torch.dtype:
+        return _dtype(self.model.model.get_submodule(self.family.projector[0]))
 
-    def _zero_row(self, like: torch.Tensor) -> torch.Tensor:
-        projector = getattr(self.model.model, self.family.projector)
-        layers = self.config.vision_feature_layer
-        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        return torch.zeros(1, 1, width, device=like.device, dtype=self._dtype(projector))
 
-    @staticmethod
-    def _dtype(module: nn.Module) -> torch.dtype:
-        return next(parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
+@contextmanager
+def _added_behind(layers: nn.ModuleList, features: Sequence[torch.Tensor], image_positions: torch.Tensor) -> Iterator[None]:
+    """Each of the first layers adds its features, (total image tokens, text width), to its output at the images' places (DeepStack, arXiv 2406.04334).
+
+    transformers does so by a mask, whose places a GPU would have to be asked for in each of these layers.
+    """
+
+    def add(hidden_states: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return hidden_states.index_add(1, image_positions, values[None].to(hidden_states.dtype))
+
+    hooks = [layer.register_forward_hook(lambda _, __, output, values=values: add(output, values)) for layer, values in zip(layers, features, strict=False)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
 
 
 def model_inputs(batch: PackedBatch, tower: FrozenTower | None) -> dict[str, Any]:
     """The keyword arguments of `PackedModel.forward` for a batch; a frozen tower runs here."""
     images: dict[str, Any] = {"pixel_values": batch.pixel_values} if tower is None else {"image_features": tower.features_of(batch)}
-    names = ("input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions", "image_sizes", "image_tokens")
+    names = ["input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions", "image_sizes", "image_tokens", "image_grids"]
     return {**{name: getattr(batch, name) for name in names}, **images}

@@ -1,4 +1,4 @@
-"""One model, three spellings of its weights' names: its authors' (lmms-lab, LLaVA), the hub ports', and transformers' in memory."""
+"""One model, several spellings of its weights' names: the hub's, transformers' in memory, and of LLaVA its authors' (lmms-lab)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +17,21 @@ NAMES = (  # original, hub
     ("model.vision_tower.vision_tower.vision_model.", VISION),
     ("model.image_newline", "image_newline"),
 )
-_MEMORY = (  # transformers, hub
+Layout = tuple[tuple[str, str], ...]  # how names begin in memory, and on the hub
+LLAVA_LAYOUT: Layout = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.vision_tower.", VISION),
     ("model.image_newline", "image_newline"),
+    ("vision_tower.", VISION),  # as a model made from a configuration is saved
+)
+QWEN_VL_LAYOUT: Layout = (("model.visual.", "visual."), ("model.language_model.", "model."))
+INTERNVL_LAYOUT: Layout = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.", "vision_tower."),
 )
 ROWS_ADDED = 64  # what the hub ports' vocabularies have more than the originals': room for `<image>`, in steps of 64
 
@@ -37,19 +46,17 @@ def is_language_model(settings: Mapping[str, Any]) -> bool:
     return (settings.get("architectures") or [""])[0] in LANGUAGE_MODELS
 
 
-def hub_name(name: str) -> str:
-    """A parameter's name in memory, or as a model made from a configuration is saved, -> its name in the hub ports."""
-    for memory, hub in _MEMORY:
-        if name.startswith(memory):
+def hub_name(name: str, layout: Layout = LLAVA_LAYOUT) -> str:
+    """A parameter's name in memory, or as a model made from a configuration is saved, -> its name on the hub."""
+    for memory, hub in layout:
+        if name.startswith(memory) and not (hub.startswith(memory) and name.startswith(hub)):
             return hub + name.removeprefix(memory)
-    if name.startswith("vision_tower.") and not name.startswith(VISION):
-        return VISION + name.removeprefix("vision_tower.")
     return name
 
 
 def memory_name(name: str) -> str:
-    """A parameter's name in the hub ports -> its name in memory."""
-    return next((memory + name.removeprefix(hub) for memory, hub in _MEMORY if name.startswith(hub)), name)
+    """A LLaVA's parameter's name on the hub -> its name in memory."""
+    return next((memory + name.removeprefix(hub) for memory, hub in LLAVA_LAYOUT if name.startswith(hub)), name)
 
 
 def original_name(name: str) -> str:
@@ -57,13 +64,13 @@ def original_name(name: str) -> str:
     return next((original + name.removeprefix(hub) for original, hub in NAMES if name.startswith(hub)), name)
 
 
-def spellings(name: str, text_model: str) -> tuple[str, ...]:
+def spellings(name: str, text_model: str, layout: Layout = LLAVA_LAYOUT) -> tuple[str, ...]:
     """A name in memory, of a parameter or a module, in every layout: transformers', the hub's, the authors', PaddleMIX's.
 
     Args:
-        text_model: `model_type` of the language model.
+        text_model: `model_type` of the language model. layout: of the hub.
     """
-    hub = hub_name(f"{name}.").removesuffix(".")
+    hub = hub_name(f"{name}.", layout).removesuffix(".")
     original = original_name(f"{hub}.").removesuffix(".")
     return name, hub, original, original.replace("model.", f"{text_model}.", 1) if original.startswith("model.") else original
 

@@ -29,11 +29,11 @@ from interlace.data import demo
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
-from interlace.model.families import family_of
+from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, Original, keep_aside, open_original
-from interlace.model.processing import Processing, with_aspect_ratio
-from interlace.model.weight_files import stored_tensors
+from interlace.model.processing import Processing
+from interlace.model.weight_files import StoredTensor, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
@@ -114,19 +114,13 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
         config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
-    tiling, trained = family_of(config).tiling, Path(path) / PROCESSOR_FILE
-    vision = config.vision_config
-    if tiling is None and config.vision_feature_select_strategy == "default" and vision.model_type != "clip_vision_model":
-        patches = (vision.image_size // vision.patch_size) ** 2
-        raise InputError(
-            f'{path}: vision_feature_select_strategy "default" leaves the first of {patches} patches out, but a {vision.model_type} has no class token there: '
-            f'{patches - 1} tokens per image, as in early files of the hub ports; set it to "full" in config.json'
-        )
-    if tiling is not None:
-        if image_aspect_ratio is None and base != path and trained.is_file():
-            image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")
-        tiling.choose(config, image_aspect_ratio)
-        tiling.tiles(config)
+    family, trained = family_of(config), Path(path) / PROCESSOR_FILE
+    if image_aspect_ratio is None and base != path and trained.is_file():
+        image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")
+    try:
+        family.check(config, image_aspect_ratio)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return config
 
 
@@ -158,48 +152,39 @@ def load_processing(
             image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
-    prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer)
+    family = family_of(config)
+    prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer, family)
     try:
-        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, **prompt)
+        image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
+        image_text = family.images(config, image_processor, tokenizer).text
+        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, image_text=image_text, **prompt)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    family = family_of(config)
-    if family.tiling is not None:
-        if getattr(image_processor, "image_grid_pinpoints", None) != config.image_grid_pinpoints:
-            raise InputError(f"{path}: image_grid_pinpoints of the image processor and of the model differ; expected the same in both")
-    elif image_aspect_ratio is not None:
-        image_processor = with_aspect_ratio(image_processor, image_aspect_ratio, config)
-    return Processing(tokenizer, image_processor, template, config, family.tokens_per_image(config))
+    return Processing(tokenizer, image_processor, template, config)
 
 
-def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What was chosen, else what the model in this folder was trained with, else what its tokenizer was made for."""
+def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
+    """What was chosen, else what the model in this folder was trained with, else what its tokenizer and family were made for."""
     chosen = {name: value for name, value in chosen.items() if value is not None}
     kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
     if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
         kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
-    style = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1"
-    return {"prompt_style": style, **kept, **chosen}
+    style = family.prompt_style or ("chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1")
+    own = {} if family.system_prompt is None or "form" in chosen else {"system_prompt": family.system_prompt}
+    return {"prompt_style": style, **own, **kept, **chosen}
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The bitsandbytes settings of QLoRA (NF4, double quantization; arXiv 2305.14314), of 8 bits, or None; vision tower and projector stay whole."""
+    """The bitsandbytes settings of QLoRA (NF4, double quantization; arXiv 2305.14314), of 8 bits, or None."""
     if not (load_in_4bit or load_in_8bit):
         return None
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise InputError('load_in_4bit and load_in_8bit need bitsandbytes: pip install -e ".[quantization]"') from None
-    whole = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=whole,
-    )
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype)
 
 
 def load_model(
@@ -212,12 +197,17 @@ def load_model(
     """A model, or an adapter's base, with its weights in `dtype` ("auto": as they are stored).
 
     Args:
+        quantization_config: of the language model; vision tower, projector and `lm_head` stay whole.
         image_aspect_ratio: see `load_config`.
 
     Raises:
         InputError: the weights cannot be had or do not fit the configuration.
     """
     config, base = load_config(path, trust_remote_code, image_aspect_ratio), base_of(path)
+    if quantization_config is not None:
+        family = family_of(config)
+        quantization_config = copy.deepcopy(quantization_config)
+        quantization_config.llm_int8_skip_modules = [*(f"model.{name}" for name in (family.vision_tower, *family.projector)), "lm_head"]
     original, settings = original_of(base), {"config": config, "dtype": dtype, "quantization_config": quantization_config, "output_loading_info": True}
     try:
         if original is None:
@@ -239,14 +229,20 @@ def weights_fingerprint(path: str) -> str:
     """A hash of the beginnings of all weights of a model, the same in whichever layout it lies; "" where they cannot be read."""
     original = original_of(path)
     try:
-        stored = {} if original else stored_tensors(local_folder(path, may_fetch=False))
-        tensors = original.tensors if original else {hub_name(name): tensor for name, tensor in stored.items()}
+        tensors = original.tensors if original else _named_as_on_hub(path)
         content = hashlib.sha256()
         for name in sorted(tensors):
             content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
     except (InputError, OSError, HfHubHTTPError):
         return ""
     return content.hexdigest()[:32]
+
+
+def _named_as_on_hub(path: str) -> dict[str, StoredTensor]:
+    folder = local_folder(path, may_fetch=False)
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    layout = FAMILIES[model_type].layout if model_type in FAMILIES else ()
+    return {hub_name(name, layout): tensor for name, tensor in stored_tensors(folder).items()}
 
 
 def check_base(adapter_path: str, base: str | None = None) -> None:
@@ -308,9 +304,10 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     Args:
         weights: in place of the model's own, by the same names.
     """
-    state = {hub_name(name): tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
-    if model.config.get_text_config().tie_word_embeddings:
-        state.pop("language_model.lm_head.weight", None)
+    layout = family_of(model.config).layout
+    state = {hub_name(name, layout): tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
+    if model.config.tie_word_embeddings:  # of the whole, not of its language model: what transformers goes by
+        state.pop(hub_name("lm_head.weight", layout), None)
     save_torch_state_dict(state, folder, max_shard_size="5GB")
     model.generation_config.save_pretrained(folder)
     save_config(model.config, type(model).__name__, folder)
@@ -322,7 +319,11 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = settings["text_config"]
     if "rope_parameters" in text:
-        text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # older versions read it here, and take 10000 without a word
+        rope = dict(text["rope_parameters"])
+        text["rope_theta"] = rope.pop("rope_theta")  # older versions read it here, and take 10000 without a word
+        text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
+    if "tie_word_embeddings" in settings:
+        text.setdefault("tie_word_embeddings", settings["tie_word_embeddings"])
     settings.setdefault("architectures", [architecture])
     _write_json(folder / "config.json", settings)
 
@@ -333,7 +334,7 @@ def copy_beside(path: str, folder: Path) -> None:
     source = Path(path) if original is None else original.folder
     copy_files(source, folder, LICENCE_FILES)
     if original is None:
-        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS))
+        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS, "video_preprocessor_config.json"))
     else:
         keep_aside(original, folder)
 

@@ -34,7 +34,7 @@ from transformers import (
 
 from interlace.errors import InputError
 from interlace.model.layouts import EMBEDDINGS, HEAD, LANGUAGE_MODELS, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, is_original, named_by_hub, original_name
-from interlace.model.processing import with_aspect_ratio
+from interlace.model.llava import with_aspect_ratio
 from interlace.model.weight_files import PADDLE_FILE, StoredTensor, stored_tensors
 
 KEPT_SETTINGS, KEPT_WEIGHTS = "llava_config.json", "llava_kept.safetensors"  # what the hub layout has no place for, kept for the way back

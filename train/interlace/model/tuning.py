@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.errors import InputError
-from interlace.model.families import Family, family_of, part_of, unused_vision_parameters
+from interlace.model.families import Family, family_of, part_of
 from interlace.model.forward import FrozenTower, PackedModel
 from interlace.model.layouts import spellings
 
@@ -89,7 +89,7 @@ def tune(
         raise InputError(f"tunable_parts: {', '.join(unknown)}: unknown; expected some of {', '.join(PARTS)}")
     family, part = family_of(model.config), part_of(model)
     frozen = _frozen_names(model, freeze_include, freeze_exclude)
-    whole = [getattr(family, name) for name in ("projector", "vision_tower") if name in tunable_parts]
+    whole = _whole_modules(model, tunable_parts)
     if lora_path is not None:
         _check_adapter(lora_path, whole, family)
     tower = FrozenTower(model) if "vision_tower" not in tunable_parts else None
@@ -110,7 +110,7 @@ def tune(
         parameter.requires_grad_(learns and plain not in frozen and parameter.dtype.is_floating_point)
     if tower is None:
         module = getattr(model.model, family.vision_tower)
-        unused = set(unused_vision_parameters(model.config, module))
+        unused = set(family.unused(model.config, module))
         for name, parameter in module.named_parameters():
             if name in unused:
                 parameter.requires_grad_(False)
@@ -125,9 +125,20 @@ def tune(
     return TunedModel(PackedModel(model), tower, peft)
 
 
+def _whole_modules(model: PreTrainedModel, tunable_parts: Sequence[str]) -> list[str]:
+    """Names of the modules, inside `PreTrainedModel.model`, that learn beside an adapter; what stands inside another of them comes with it."""
+    family = family_of(model.config)
+    whole = [family.vision_tower] if "vision_tower" in tunable_parts else []
+    if "projector" in tunable_parts and not (whole and family.projector_in_tower):
+        for name in family.projector:
+            module = model.model.get_submodule(name)
+            whole = [*(f"{name}.{i}" for i in range(len(module))), *whole] if isinstance(module, nn.ModuleList) else [name, *whole]
+    return whole
+
+
 def _frozen_names(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    text_model = model.config.get_text_config().model_type
-    names = {name: spellings(name, text_model) for name, _ in model.named_parameters()}
+    text_model, layout = model.config.get_text_config().model_type, family_of(model.config).layout
+    names = {name: spellings(name, text_model, layout) for name, _ in model.named_parameters()}
     matched: dict[str, set[str]] = {"freeze_include": set(), "freeze_exclude": set()}
     for key, patterns in (("freeze_include", include), ("freeze_exclude", exclude)):
         for pattern in patterns:
@@ -159,8 +170,8 @@ def lora_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> list[
             pattern = re.compile(target)
         except re.error as error:
             raise InputError(f"lora_target_modules: {target!r} is no regular expression: {error}") from None
-        searched = linear if any(part in target for part in (family.vision_tower, family.projector, "mm_projector")) else inside
-        matches = [name for name in searched if any(map(pattern.fullmatch, spellings(name, text_model))) or name.endswith(f".{target}")]
+        searched = linear if any(part in target for part in (family.vision_tower, *family.projector, "mm_projector")) else inside
+        matches = [name for name in searched if any(map(pattern.fullmatch, spellings(name, text_model, family.layout))) or name.endswith(f".{target}")]
         if not matches and family.vision_tower in target:
             raise InputError(f"lora_target_modules: {target!r}: the vision tower is frozen; add vision_tower to tunable_parts to train it")
         if not matches:

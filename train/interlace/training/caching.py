@@ -41,8 +41,8 @@ def attach_feature_cache(
     if kind == "off":
         return
     assert tower is not None  # else the arguments were refused
-    settings = f"{processing.image_processor.to_json_string()} {processing.image_settings} {tuned.base.config.vision_feature_layer}"
-    settings += f" {tuned.base.config.vision_feature_select_strategy} {processing.config.model_type}"
+    settings = f"{processing.image_processor.to_json_string()} {processing.image_settings} {tower.family.feature_settings(tower.config)}"
+    settings += f" {processing.config.model_type}"
     name = tower_hash(tower.module, settings)
     if kind == "memory":
         folder, room = _in_memory(ranks, name), most_bytes

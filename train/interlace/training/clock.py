@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 # The phases of a step, in the order in which they come; `other` is what is left: logging, callbacks, the Trainer's own work
 PHASES = ("data", "communication", "vision", "forward", "backward", "optimizer", "other")
+PREFERENCE_PHASES = ("data", "communication", "vision", "reference", "forward", "backward", "optimizer", "other")
 
 # TFLOP/s of dense 16-bit matrix products with float32 sums, from the makers' data sheets; the first name that a device's name contains counts
 PEAK_TFLOPS = {
@@ -59,10 +61,11 @@ class StepClock:
     What the GPU waits for (data, the host) counts where it waits.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, phases: Sequence[str] = PHASES):
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._phases = phases
+        self._seconds = dict.fromkeys(phases, 0.0)
         self.start()
 
     def _now(self) -> Any:
@@ -75,7 +78,7 @@ class StepClock:
     def start(self) -> None:
         """Forgets what was measured: time runs from here."""
         self._marks = [("", self._now())]
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(self._phases, 0.0)
 
     def mark(self, phase: str) -> None:
         """The phase that ends here; "" for time that is to count nowhere."""
@@ -86,7 +89,7 @@ class StepClock:
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last time, and forgets them."""
         self._add_up()
-        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        seconds, self._seconds = self._seconds, dict.fromkeys(self._phases, 0.0)
         return seconds
 
     def _add_up(self) -> None:

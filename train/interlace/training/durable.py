@@ -15,7 +15,7 @@ from interlace.errors import InputError, RunError, Stopped
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
 from interlace.training.checkpoint import STATE_FILE, Write, damage, sync_file
-from interlace.training.clock import StepClock
+from interlace.training.clock import PHASES, StepClock
 from interlace.training.fragments import WEIGHT, full_parameters, local_fragments
 from interlace.training.restoring import RestoredTrainer, Survival
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, optimizer_file, plain, write_fragments
@@ -33,12 +33,14 @@ class DurableTrainer(RestoredTrainer):
         others: arguments of `Trainer`.
     """
 
+    phases: tuple[str, ...] = PHASES
+
     def __init__(self, tuned: TunedModel, processing: Processing, survival: Survival, **others: Any):
         super().__init__(tuned, survival, **others)
         self.processing = processing
         self.args.save_total_limit = None  # the saver's: at the end Hugging Face would remove the newest checkpoint, too, where another one is the best
         self.stop_code: int | None = None  # the exit code that all ranks have agreed to stop with
-        self.clock = StepClock(self.args.device)
+        self.clock = StepClock(self.args.device, self.phases)
         self._saved_step = -1
         self._owes_evaluation = False  # a stop has left it out
         self._best_before = self._best  # metric, step and folder at the save before the last
@@ -47,14 +49,14 @@ class DurableTrainer(RestoredTrainer):
 
     # --- agreeing, once per step ---
 
-    def agree(self, weight: float, problem: str | None = None) -> float:
-        """The sum of `weight` over the ranks; on the way, all ranks learn whether one was asked to stop, and of checkpoints that are written.
+    def agree(self, weights: Sequence[float] = (), problem: str | None = None) -> list[float]:
+        """The sum of each of `weights` over the ranks; on the way, all ranks learn whether one was asked to stop, and of checkpoints that are written.
 
         Raises:
             InputError: on all ranks, if one has a `problem` with its data.
         """
         ranks, saver, asked = self.survival.ranks, self.survival.saver, self.survival.signals.requested
-        total, codes, busy, problems = ranks.sum([weight, float(asked or 0), float(saver.is_busy), float(problem is not None)])
+        codes, busy, problems, *totals = ranks.sum([float(asked or 0), float(saver.is_busy), float(problem is not None), *weights])
         if problems:
             self.finish_saving()
             raise InputError("\n  ".join(dict.fromkeys(found for found in ranks.gather(problem) if found)))
@@ -62,7 +64,7 @@ class DurableTrainer(RestoredTrainer):
             self.stop_code = max(ranks.gather(asked or 0))
         if saver.step is not None and not busy:
             self._settle()
-        return total
+        return totals
 
     def check_stop(self, problem: str | None) -> None:
         """Ends an evaluation when a rank was asked to stop; to be called by all ranks.
@@ -71,7 +73,7 @@ class DurableTrainer(RestoredTrainer):
             Stopped: it was.
             InputError: a rank has a `problem` with its data.
         """
-        self.agree(0, problem)
+        self.agree(problem=problem)
         if self.stop_code is not None:
             raise Stopped(f"stopped at step {self.state.global_step}, in an evaluation", self.stop_code)
 

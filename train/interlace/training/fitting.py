@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from interlace.arguments import SCHEMA_PATH, Arguments, resolve
 from interlace.data.packing import Prefixes, pack_rows
+from interlace.data.reading import Kind
 from interlace.errors import InputError
 from interlace.model.costs import step_costs
 from interlace.training.forecast import (
@@ -84,6 +85,7 @@ class Search:
         world_size, device: where it is to run.
         available: bytes on each device.
         tried: is told of each configuration that is tried.
+        kind: of the rows.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class Search:
         device: str,
         available: int,
         tried: Callable[[Changes], None] = lambda changes: None,
+        kind: Kind = "supervised",
     ):
         self.arguments, self.config, self.rows, self.prefixes = arguments, config, rows, prefixes
         self.world_size, self.device, self.available, self.tried = world_size, device, available, tried
+        self.kind: Kind = kind
         self.longest = int(rows.lengths.max())
         self.wanted = wanted_budget(rows.lengths, prefixes, arguments["per_device_train_batch_size"], arguments["max_tokens_per_batch"])
         self._rehearsals: dict[str, list[Rehearsal]] = {}
@@ -165,7 +169,7 @@ class Search:
         """Memory with these changes in micro-batches of at most `budget` tokens."""
         arguments = {**self.arguments, **changes}
         tuned = empty_model(self.config, arguments)
-        sizes = sizes_of(tuned, arguments)
+        sizes = sizes_of(tuned, arguments, self.kind)
         same = ("bf16", "gradient_checkpointing", "vision_gradient_checkpointing")  # quantised or sharded, the activations are the same
         key = repr([arguments[name] for name in same] + [budget])
         if key not in self._rehearsals:

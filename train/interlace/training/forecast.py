@@ -1,7 +1,7 @@
 """What a run will need, before it starts: memory per device and host, disk, time. Arithmetic on plain values; `rehearsal` and `probe` measure them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from torch import nn
 from interlace.arguments import read_json
 from interlace.data.batch import Segment
 from interlace.data.packing import MicroBatch, Prefixes
+from interlace.data.reading import Kind
 from interlace.model.costs import BatchShape, Cost, StepCosts, attended_pairs
 from interlace.model.families import part_of
+from interlace.model.reference import copy_bytes
 from interlace.model.tuning import TunedModel
 from interlace.sharding_arguments import deepspeed_path
+from interlace.training.outline import asks_reference, compute_dtype
 from interlace.training.planning import Columns
 from interlace.training.rehearsal import Rehearsal, rehearse
 
@@ -34,13 +37,14 @@ MARGIN = 0.1  # the forecast is right to about a tenth (benchmarks/results), so 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that stay as long as the run: `replica` is a frozen tower outside the wrapped module; `frozen` and `trainable` are weights inside it;
-    `optimizer` its state; `workspace` one quantised weight, unpacked for its product."""
+    `optimizer` its state; `workspace` one quantised weight, unpacked for its product; `reference` a second model, of preference tuning."""
 
     replica: int
     frozen: int
     trainable: int
     optimizer: int
     workspace: int = 0
+    reference: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class MicroShape:
-    """A micro-batch as the forecast sees it: the length of each segment, how many images and supervised tokens they have together, and each segment's parent
-    (-1: none), without which all are rows of their own."""
+    """A micro-batch as the forecast sees it: the length of each segment, how many tiles of images and supervised tokens they have together, each segment's
+    parent (-1: none), without which all are rows of their own, and pairs of tiles; see `BatchShape`."""
 
     lengths: tuple[int, ...]
     num_images: int
     num_rows: int
     parents: tuple[int, ...] = ()
+    num_tile_pairs: float = 0.0
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -104,7 +109,7 @@ class MicroShape:
     @property
     def shape(self) -> BatchShape:
         """What its cost depends on."""
-        return BatchShape(sum(self.lengths), attended_pairs(self.segments), self.num_images, self.num_rows)
+        return BatchShape(sum(self.lengths), attended_pairs(self.segments), self.num_images, self.num_rows, num_tile_pairs=self.num_tile_pairs)
 
 
 def micro_shapes(batches: Sequence[MicroBatch], rows: Columns, prefixes: Prefixes | None = None) -> list[MicroShape]:
@@ -114,8 +119,10 @@ def micro_shapes(batches: Sequence[MicroBatch], rows: Columns, prefixes: Prefixe
 
 def _micro_shape(numbers: np.ndarray, rows: Columns, prefixes: Prefixes | None) -> MicroShape:
     images, supervised = int(rows.num_images[numbers].sum()), int(rows.supervised[numbers].sum())
+    pairs = float(np.broadcast_to(rows.num_tile_pairs, rows.lengths.shape)[numbers].sum())
     if prefixes is None:
-        return MicroShape(tuple(rows.lengths[numbers].tolist()), images, supervised)
+        return MicroShape(tuple(rows.lengths[numbers].tolist()), images, supervised, (), pairs)
+    alone = images
     lengths: list[int] = []
     parents: list[int] = []
     groups = prefixes.groups[numbers]
@@ -127,7 +134,7 @@ def _micro_shape(numbers: np.ndarray, rows: Columns, prefixes: Prefixes | None) 
         trunk, parent = int(prefixes.lengths[group]), len(lengths)
         lengths, parents = [*lengths, trunk, *(length - trunk for length in own)], [*parents, -1, *[parent] * len(own)]
         images -= (len(own) - 1) * int(prefixes.num_images[group])
-    return MicroShape(tuple(lengths), images, supervised, tuple(parents))
+    return MicroShape(tuple(lengths), images, supervised, tuple(parents), pairs * images / max(alone, 1))
 
 
 def fullest(shapes: Sequence[MicroShape]) -> list[MicroShape]:
@@ -137,14 +144,19 @@ def fullest(shapes: Sequence[MicroShape]) -> list[MicroShape]:
 
 def mean_shape(shapes: Sequence[MicroShape]) -> BatchShape:
     """The mean over micro-batches; costs are linear in it."""
-    table = np.array([[shape.shape.num_tokens, shape.shape.num_pairs, shape.num_images, shape.num_rows] for shape in shapes], np.float64)
+    table = np.array([astuple(shape.shape) for shape in shapes], np.float64)
     return BatchShape(*table.mean(0).tolist())
 
 
-def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any]) -> Sizes:
+def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any], kind: Kind = "supervised") -> Sizes:
     """What stays in memory, for the model of `empty_model`."""
     trainable = sum(parameter.nbytes for parameter in tuned.packed.parameters() if parameter.requires_grad)
     frozen = sum(parameter.nbytes for parameter in tuned.packed.parameters() if not parameter.requires_grad)
+    reference = 0
+    if asks_reference(arguments, kind) and not arguments["lora"]:
+        reference = copy_bytes(tuned.packed, compute_dtype(arguments))
+    elif asks_reference(arguments, kind) and arguments["lora_path"]:
+        reference = trainable
     replica = 0 if tuned.tower is None else sum(parameter.nbytes for parameter in tuned.tower.module.parameters())
     workspace = 0
     if arguments["load_in_4bit"] or arguments["load_in_8bit"]:
@@ -152,7 +164,7 @@ def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any]) -> Sizes:
         packed = [layer.weight.numel() * NF4_BYTES if arguments["load_in_4bit"] else layer.weight.numel() + 4 * layer.out_features for layer in layers]
         frozen += round(sum(packed)) - sum(layer.weight.nbytes for layer in layers)
         workspace = max(layer.weight.nbytes for layer in layers)
-    return Sizes(replica, frozen, trainable, round(trainable / 4 * _state_bytes(arguments["optim"])), workspace)
+    return Sizes(replica, frozen, trainable, round(trainable / 4 * _state_bytes(arguments["optim"])), workspace, reference)
 
 
 def _is_quantised(tuned: TunedModel, name: str) -> bool:
@@ -182,7 +194,7 @@ def memory_of(sizes: Sizes, rehearsals: Sequence[Rehearsal], sharding: Sharding,
     kept = sizes.trainable if accumulation > 1 else 0
     peaks = [rehearsal.peak(gradient_share, kept) for rehearsal in rehearsals]
     peak = max(peaks, key=lambda kinds: sum(kinds.values()))
-    inside = (sizes.frozen + sizes.trainable) // (world if stage == 3 else 1)
+    inside = (sizes.frozen + sizes.trainable + sizes.reference) // (world if stage == 3 else 1)
     optimizer = sizes.optimizer // (world if stage >= 1 else 1)
     buckets = sizes.trainable if world > 1 and stage == 0 else 0
     host = (inside if sharding.offload_parameters else 0) + (optimizer if sharding.offload_optimizer else 0)

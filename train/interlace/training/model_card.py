@@ -15,6 +15,9 @@ _FIGURES = {
     "token_accuracy": "training token accuracy, last",
     "eval_loss": "evaluation loss",
     "eval_token_accuracy": "evaluation token accuracy",
+    "eval_rewards/accuracies": "evaluation reward accuracy",
+    "eval_rewards/margins": "evaluation reward margin",
+    "eval_rewards/margins_blank": "evaluation reward margin with blank images",
 }
 _CARD = """---
 base_model: {base}

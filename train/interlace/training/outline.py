@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from interlace.arguments import list_value
+from interlace.data.reading import Kind
 from interlace.errors import InputError
 from interlace.model.tuning import Lora, TunedModel, tune
 
@@ -27,6 +28,11 @@ def new_adapter(arguments: Mapping[str, Any]) -> Lora | None:
     targets = arguments["lora_target_modules"]
     rank, alpha, dropout = (arguments[name] for name in ("lora_rank", "lora_alpha", "lora_dropout"))
     return Lora(rank, alpha, dropout, None if targets is None else list_value(targets), arguments["use_dora"], arguments["use_rslora"])
+
+
+def asks_reference(arguments: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether every step asks a reference model, too."""
+    return kind == "preference" and not arguments["precompute_ref_log_probs"]
 
 
 def checkpoints(arguments: Mapping[str, Any]) -> tuple[bool, bool]:

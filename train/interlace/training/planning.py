@@ -16,31 +16,32 @@ from interlace.model.families import family_of
 
 @dataclass(frozen=True)
 class Columns:
-    """Length, images (as many as the tower sees) and supervised tokens of every row, (N,) each."""
+    """Length, tiles that the tower sees, supervised tokens, and pairs of two tiles of one image, of every row, (N,) each."""
 
     lengths: np.ndarray
     num_images: np.ndarray
     supervised: np.ndarray
+    num_tile_pairs: np.ndarray | float = 0.0
 
     def flops(self, costs: StepCosts) -> np.ndarray:
         """(N,) FLOPs that each row requires, forward and backward; a micro-batch requires their sum, since its rows do not see each other."""
         lengths: Any = self.lengths.astype(np.float64)
         images: Any = self.num_images
+        pairs: Any = self.num_tile_pairs
         supervised: Any = self.supervised
-        return np.asarray(costs.total(BatchShape(lengths, lengths * (lengths + 1) / 2, images, supervised)).required)
+        return np.asarray(costs.total(BatchShape(lengths, lengths * (lengths + 1) / 2, images, supervised, num_tile_pairs=pairs)).required)
 
 
 def columns_of(rows: Rows, config: PretrainedConfig) -> Columns:
     """What costs are counted from."""
-    return Columns(rows.lengths, _seen(rows.num_images, rows.lengths, config), rows.supervised)
+    return _columns(rows.lengths, rows.num_images, rows.image_tokens, rows.supervised, config)
 
 
-def _seen(num_images: np.ndarray, lengths: np.ndarray, config: PretrainedConfig) -> np.ndarray:
-    """How many images the tower sees. Of a model that cuts them into tiles, about as many tiles as fill the tokens."""
+def _columns(lengths: np.ndarray, num_images: np.ndarray, image_tokens: np.ndarray, supervised: np.ndarray, config: PretrainedConfig) -> Columns:
+    """As many tiles as fill the images' tokens; of those that a row's images put together with more or less than they hold, about as many."""
     family = family_of(config)
-    if family.tiling is None:
-        return num_images
-    return np.where(num_images > 0, np.maximum(num_images, -(-lengths // family.tokens_per_image(config))), 0)
+    tiles = np.maximum(num_images, np.rint(image_tokens / family.tokens_per_tile(config)).astype(np.int64))
+    return Columns(lengths, tiles, supervised, tiles**2 / np.maximum(num_images, 1) if family.tower.sees_images else 0.0)
 
 
 def training_plan(rows: Rows, config: PretrainedConfig, costs: StepCosts, arguments: Arguments, args: TrainingArguments) -> Plan:
@@ -85,8 +86,8 @@ def prefixes_of(rows: Rows, config: PretrainedConfig, costs: StepCosts, max_rows
     shared = shared[np.argsort(first[shared])]  # numbered as they come, whatever the hash that found them
     numbers = np.full(len(counts), -1)
     numbers[shared] = np.arange(len(shared))
-    lengths, images = rows.prefix_lengths[first[shared]], rows.prefix_images[first[shared]]
-    columns = Columns(lengths, _seen(images, lengths, config), np.zeros(len(shared), np.int64))
+    lengths, images, tokens = (values[first[shared]] for values in (rows.prefix_lengths, rows.prefix_images, rows.prefix_image_tokens))
+    columns = _columns(lengths, images, tokens, np.zeros(len(shared), np.int64), config)
     return Prefixes(numbers[inverse], lengths, columns.num_images, columns.flops(costs), max_rows)
 
 

@@ -11,16 +11,17 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PretrainedConfig, TrainingArguments
 
-from interlace.arguments import Arguments
-from interlace.data.batch import Collator, PackedBatch
+from interlace.arguments import Arguments, did_you_mean
+from interlace.data.batch import PackedBatch
 from interlace.data.dataset import Rows, check_ledger, open_rows
 from interlace.data.ledger import Ledger
 from interlace.data.packing import Plan
-from interlace.data.reading import RowReader
+from interlace.data.reading import Kind, RowReader, wanted_kind
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.costs import BatchShape, StepCosts, step_costs
 from interlace.model.loading import Processing
+from interlace.preference_arguments import preference_problems
 from interlace.training.fitting import Fit, Search
 from interlace.training.forecast import (
     Disk,
@@ -40,12 +41,12 @@ from interlace.training.forecast import (
     sharding_of,
     sizes_of,
 )
-from interlace.training.outline import checkpoints, compute_dtype, empty_model
+from interlace.training.outline import asks_reference, checkpoints, compute_dtype, empty_model
+from interlace.training.parts import load_tuned_model, row_reader
 from interlace.training.planning import columns_of, prefixes_of
 from interlace.training.probe import probe
 from interlace.training.rehearsal import Rehearsal
 from interlace.training.resume import check_output_dir
-from interlace.training.supervised import load_tuned_model, row_reader
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,21 @@ def check_rows(entries: list[Any], reader: RowReader, arguments: Arguments) -> C
     return Checked(rows, ledger, refusal)
 
 
+def kind_of(arguments: Arguments) -> Kind:
+    """Which script the rows are for: that of supervised rows, or that of pairs."""
+    return wanted_kind(read_entries(arguments["dataset"]["train"], arguments["seed"]))
+
+
 def check_data(arguments: Arguments, path: str, processing: Processing) -> tuple[dict[str, Checked], list[str]]:
     """The rows, under "training" and "evaluation", and all reasons for which training would refuse to start.
 
     Raises:
         InputError: a file cannot be read at all.
     """
-    reader, names = row_reader(arguments, processing), {"training": "train", "evaluation": "eval"}
+    reader, names = row_reader(arguments, processing, kind_of(arguments)), {"training": "train", "evaluation": "eval"}
     found = {name: check_rows(arguments["dataset"][key], reader, arguments) for name, key in names.items() if arguments["dataset"].get(key)}
     refusals = [checked.refusal for checked in found.values() if checked.refusal] + refused_output(arguments, path)
+    refusals += preference_problems(arguments, did_you_mean) if kind_of(arguments) == "preference" else []
     return found, [f"training would refuse to start: {refusal}" for refusal in refusals]
 
 
@@ -144,7 +151,9 @@ def forecast_run(rows: Rows, plan: Plan, arguments: Arguments, args: TrainingArg
     total_steps = args.max_steps if args.max_steps > 0 else int(-(-steps_per_epoch * args.num_train_epochs // 1))
     shapes = micro_shapes([batch for step in plan.steps(0) for batch in step], columns_of(rows, config), plan.prefixes)
     tuned = empty_model(config, arguments)
-    sizes, costs, parts = sizes_of(tuned, arguments), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
+    kind = kind_of(arguments)
+    sizes, costs, parts = sizes_of(tuned, arguments, kind), step_costs(tuned, *checkpoints(arguments)), tuned.part_table()
+    costs = costs.with_reference() if asks_reference(arguments, kind) else costs
     disk = disk_of(tuned, sizes, arguments, total_steps, total_steps / steps_per_epoch)
     rehearsals = rehearse_all(tuned, fullest(shapes), compute_dtype(arguments))
     workers, sharding = args.dataloader_num_workers, sharding_of(arguments, world_size)
@@ -165,7 +174,7 @@ def measure_speed(
         tuned.packed.activation_checkpointing_enable()
     if vision:
         tuned.packed.checkpoint_tower()
-    pack = Collator(processing.process_images, processing.config.image_token_id, arguments["share_prefix"]).pack
+    pack = processing.collator(arguments["share_prefix"]).pack
     first = [max(row, ~row) for row in forecast.plan.steps(0)[0][0]]
     counts = [*(2**i for i in range(len(first).bit_length()) if 2**i < len(first)), len(first)]
     reading: list[float] = []
@@ -200,5 +209,6 @@ def search_fit(arguments: Arguments, config: PretrainedConfig, rows: Rows, world
             machine.device,
             machine.memory,
             lambda changes: bar.set_description_str(f"trying {json.dumps(changes)}"),
+            kind_of(arguments),
         )
         return search.run()

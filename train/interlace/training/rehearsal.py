@@ -4,6 +4,7 @@ The model is built on the meta device and its forward and backward pass run unde
 shapes and types alone, in seconds whatever the size of the model. On a GPU the same tensors live and die; kernels may save a little more or less.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def rehearse(tuned: TunedModel, segments: Sequence[Segment], num_images: int, nu
     Args:
         tuned: a model on the meta device; its parameters and buffers are replaced.
         segments: of the micro-batch.
-        num_images, num_rows: its distinct images and supervised tokens.
+        num_images, num_rows: tiles of its distinct images, and supervised tokens.
         compute_dtype: autocast to this type, unless it is float32.
     """
     roots = [tuned.packed, *([] if tuned.tower is None else [tuned.tower.module])]
@@ -134,7 +135,8 @@ def _make_fake(roots: Sequence[nn.Module]) -> None:
 
 def _batch(tuned: TunedModel, segments: Sequence[Segment], num_images: int, num_rows: int) -> PackedBatch:
     """A micro-batch of this shape; what stands in it does not matter."""
-    config, vision, tokens = tuned.base.config, tuned.base.config.vision_config, segments[-1].end
+    config, family, tokens = tuned.base.config, tuned.packed.family, segments[-1].end
+    columns = math.isqrt(num_images)
     rows = torch.zeros(num_rows, dtype=torch.long)
     return PackedBatch(
         input_ids=torch.zeros(1, tokens, dtype=torch.long),
@@ -145,7 +147,9 @@ def _batch(tuned: TunedModel, segments: Sequence[Segment], num_images: int, num_
         weights=torch.zeros(num_rows),
         sequence_index=rows,
         row_numbers=tuple(range(len(segments))),
-        pixel_values=torch.zeros(num_images, vision.num_channels, vision.image_size, vision.image_size) if num_images else None,
+        pixel_values=torch.zeros(num_images, *family.tile_shape(config)) if num_images else None,
         image_index=torch.zeros(num_images, dtype=torch.long),
-        image_positions=torch.zeros(num_images * tuned.packed.family.tokens_per_image(config), dtype=torch.long),
+        image_positions=torch.zeros(num_images * family.tokens_per_tile(config), dtype=torch.long),
+        # one picture of all tiles, about as wide as high, for a tower that sees whole images
+        image_grids=tuple(grid for grid in ((num_images // columns, columns), (1, num_images % columns)) if all(grid)) if num_images else (),
     )

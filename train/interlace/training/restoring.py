@@ -51,11 +51,13 @@ class RestoredTrainer(Trainer):
         others: arguments of `Trainer`.
     """
 
+    more_counts: tuple[str, ...] = ()  # what is summed up between two logs beside tokens and images
+
     def __init__(self, tuned: TunedModel, survival: Survival, **others: Any):
         self.tuned, self.survival = tuned, survival
         super().__init__(model=tuned.packed, **others)
         self.skipped_steps = 0
-        self._counts = torch.zeros(5, dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
+        self._counts = torch.zeros(5 + len(self.more_counts), dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
         self._losses = LossRecord(survival.ranks.rank)
         self._best: tuple[Any, ...] = (None, None, None)  # metric, step and folder at the last save
         self._progress: dict[str, Any] | None = None

@@ -150,20 +150,41 @@ def slice_weights(packed: nn.Module, args: TrainingArguments, max_steps: int) ->
 
     `deepspeed.initialize` would first put the whole model on every device, which the stage is there to avoid.
     """
-    import deepspeed
-
     settings: Any = args.hf_deepspeed_config  # type: ignore[attr-defined]
     settings.trainer_config_finalize(args, packed, max_steps)
-    for parameter in packed.parameters():
+    _slice(packed, settings.config, settings.dtype(), args.device)
+
+
+def _slice(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Weights in `dtype` and in slices, buffers whole on the device."""
+    import deepspeed
+
+    for parameter in module.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(settings.dtype())
-    deepspeed.zero.Init(module=packed, config_dict_or_path=settings.config, dtype=settings.dtype())
-    for module in packed.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(args.device)
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(device)
 
 
 def engine_of(model: nn.Module) -> str:
     """What trains a model that the Trainer has wrapped: "DeepSpeedEngine, ZeRO stage 2", "FSDPPackedModel", "DistributedDataParallel", "PackedModel"."""
     name, engine = type(model).__name__, cast(Any, model)
     return f"{name}, ZeRO stage {engine.zero_optimization_stage()}" if name == "DeepSpeedEngine" else name
+
+
+def inference_engine(module: nn.Module, args: TrainingArguments) -> nn.Module:
+    """A second model that never learns, on the device: whole, or under ZeRO-3 in slices as the first one is."""
+    if not args.deepspeed or not args.hf_deepspeed_config.is_zero3():  # type: ignore[attr-defined]
+        return module.to(args.device)
+    import deepspeed
+
+    settings: Any = args.hf_deepspeed_config  # type: ignore[attr-defined]
+    config = {name: value for name, value in settings.config.items() if name not in ("optimizer", "scheduler", "zero_optimization")}
+    kept = ("stage", "offload_param", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+    config["zero_optimization"] = {name: settings.config["zero_optimization"][name] for name in kept if name in settings.config["zero_optimization"]}
+    _slice(module, config, settings.dtype(), args.device)
+    engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
+    engine.eval()  # returns nothing
+    return engine

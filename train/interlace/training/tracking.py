@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
+from interlace.arguments import is_main_process
 from interlace.errors import InputError
 from interlace.redaction import SECRET_NAME, readable, without_secrets
-from interlace.training.clock import PHASES
+from interlace.training.clock import PREFERENCE_PHASES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -50,6 +51,8 @@ class ProgressBar(ProgressCallback):
 SHOWN = (
     "loss",
     "token_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
@@ -58,6 +61,10 @@ SHOWN = (
     "mfu",
     "eval_loss",
     "eval_token_accuracy",
+    "eval_rewards/accuracies",
+    "eval_rewards/margins",
+    "eval_rewards/blank_gap",
+    "eval_rewards/swapped_gap",
 )
 
 
@@ -103,7 +110,8 @@ def time_budget(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     logged = [entry for entry in history if "data_seconds" in entry]
     if not logged:
         return []
-    seconds = {phase: sum(entry[f"{phase}_seconds"] for entry in logged) / len(logged) for phase in PHASES}
+    phases = [phase for phase in PREFERENCE_PHASES if f"{phase}_seconds" in logged[0]]
+    seconds = {phase: sum(entry[f"{phase}_seconds"] for entry in logged) / len(logged) for phase in phases}
     whole = sum(seconds.values())
     shares = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in seconds.items() if round(value / whole, 2))
     lines = [("seconds per step", f"{whole:.3g}"), ("of these", shares)]
@@ -162,9 +170,12 @@ def environment() -> dict[str, Any]:
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draws loss, token accuracy, learning rate and gradient norm over the steps of `trainer_state.log_history` as a picture."""
-    panels = (("loss", "eval_loss"), ("token_accuracy", "eval_token_accuracy"), ("learning_rate",), ("grad_norm",))
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    """Draws loss, token accuracy, learning rate and gradient norm over the steps of `trainer_state.log_history` as a picture; of pairs, rewards too."""
+    panels: list[tuple[str, ...]] = [("loss", "eval_loss"), ("token_accuracy", "eval_token_accuracy"), ("learning_rate",), ("grad_norm",)]
+    if any("rewards/margins" in entry for entry in history):
+        panels[2:2] = [("rewards/accuracies", "eval_rewards/accuracies", "eval_logps/accuracies")]
+        panels[3:3] = [("rewards/margins", "eval_rewards/margins", "eval_rewards/margins_blank", "eval_rewards/margins_swapped")]
+    figure, axes = pyplot.subplots(2, len(panels) // 2, figsize=(5.5 * len(panels) // 2, 7), layout="constrained")
     for axis, names in zip(axes.flat, panels, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -177,6 +188,12 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
             axis.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def say(text: str) -> None:
+    """Prints a line on the main process, above any progress bar."""
+    if is_main_process():
+        tqdm.write(text)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:

@@ -1,12 +1,10 @@
 """What the trainers share: packed batches and their plan under Hugging Face's `Trainer`."""
 
 import hashlib
-import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,34 +16,23 @@ from transformers import TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import speed_metrics
 
-from interlace.data.batch import Collator, NumberedRows, PackedBatch
-from interlace.data.packing import Plan, PlanLoader, PlanSampler
-from interlace.data.reading import Row
+from interlace.data.batch import PackedBatch
 from interlace.data.splitting import split
-from interlace.errors import InputError, RunError
+from interlace.errors import RunError
 from interlace.model.costs import StepCosts, shape_of
 from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
 from interlace.training.clock import peak_flops
-from interlace.training.durable import DurableTrainer
 from interlace.training.offloading import OffloadedActivations
+from interlace.training.planned import PlannedRows, PlannedTrainer, take
 from interlace.training.restoring import Survival
 from interlace.training.spikes import report_spikes
-from interlace.training.stopping import leave_signals_to_parent
 from interlace.training.tracking import ProgressBar
 
 
-@dataclass(frozen=True)
-class PlannedRows:
-    """Rows and the plan that batches them."""
-
-    rows: Sequence[Row]
-    plan: Plan
-
-
-class PackedTrainer(DurableTrainer):
+class PackedTrainer(PlannedTrainer):
     """Hugging Face's `Trainer` on packed batches.
 
     Args:
@@ -58,6 +45,8 @@ class PackedTrainer(DurableTrainer):
         costs: of the model, to log FLOP/s and MFU.
         offloads: activations wait in the host's memory.
     """
+
+    num_weights = 1
 
     def __init__(
         self,
@@ -72,17 +61,15 @@ class PackedTrainer(DurableTrainer):
         costs: StepCosts | None = None,
         offloads: bool = False,
     ):
-        self.train_rows, self.eval_rows, self.rates = train, evaluation, dict(rates)
-        placeholder = NumberedRows(train.rows)
-        super().__init__(
-            tuned, processing, survival, args=args, train_dataset=placeholder, eval_dataset=placeholder if evaluation else None, callbacks=callbacks
-        )
+        self.rates = dict(rates)
+        super().__init__(tuned, processing, survival, train, evaluation, args=args, callbacks=callbacks)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the whole step's token weight
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(ProgressBar())
         self._epoch = 0
         self._latest: tuple[PackedBatch, RowScores, torch.Tensor] | None = None
+        self._totals = [0.0] * self.num_weights  # of `weigh`, over the step
         self._done: list[PackedBatch] = []  # the step's micro-batches whose gradients are there
         self._offloads = offloads
         self._too_many_tokens = math.inf  # for a micro-batch, as far as is known
@@ -90,47 +77,7 @@ class PackedTrainer(DurableTrainer):
         device_name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else ""
         self._peak_flops = peak_flops(device_name) if args.bf16 or args.fp16 else None
 
-    # --- data ---
-
-    def _loader(self, planned: PlannedRows, pin: bool) -> PlanLoader:
-        workers = self.args.dataloader_num_workers
-        return PlanLoader(
-            NumberedRows(planned.rows),  # type: ignore[arg-type]
-            batch_sampler=PlanSampler(planned.plan, self.args.process_index),
-            collate_fn=self._collator(planned),
-            num_workers=workers,
-            pin_memory=pin and self.args.device.type == "cuda",
-            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=leave_signals_to_parent,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
-        )
-
-    def _collator(self, planned: PlannedRows) -> Collator:
-        cache = None if self.tuned.tower is None else self.tuned.tower.cache
-        shares = planned.plan.prefixes is not None
-        return Collator(self.processing.process_images, self.processing.config.image_token_id, shares, None if cache is None else cache.store)
-
-    def get_train_dataloader(self) -> PlanLoader:  # type: ignore[override]
-        """This rank's micro-batches; the plan has already shared them, so accelerate must not."""
-        return self._loader(self.train_rows, self.args.dataloader_pin_memory)
-
-    def num_examples(self, dataloader: Any) -> int:
-        """Rows of the training set."""
-        return len(self.train_rows.rows)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: Hugging Face's estimate knows neither images nor packing."""
-        return 0
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs.to(self.args.device)
-
     # --- the step ---
-
-    def names_of(self, row_numbers: Sequence[int]) -> Sequence[str]:
-        """File and index of training rows."""
-        return _names(self.train_rows.rows, row_numbers)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:  # type: ignore[override]
         if self._logged_step < 0:
@@ -149,13 +96,18 @@ class PackedTrainer(DurableTrainer):
         """A step's micro-batches, and the sum of their token weights over all ranks; the time spent waiting for data is counted."""
         step = self.state.global_step + 1
         self.survival.watch.at(step, "waiting for data")
-        batches, problem = _take(epoch_iterator, num_batches)
+        batches, problem = take(epoch_iterator, num_batches)
         self._done = []
         self.clock.mark("data")
         self.survival.watch.at(step, "agreeing on the step", lambda: self.names_of([number for batch in batches for number in batch.row_numbers]))
-        total = self.agree(sum(float(batch.weights.sum()) for batch in batches), problem)
+        weights = [sum(found) for found in zip(*map(self.weigh, batches), strict=True)]
+        self._totals = self.agree(weights or [0.0] * self.num_weights, problem)  # as many from a rank whose data is broken
         self.clock.mark("communication")
-        return batches, total
+        return batches, self._totals[0]
+
+    def weigh(self, batch: PackedBatch) -> list[float]:
+        """What the step's loss is divided by, of one micro-batch: `num_weights` numbers."""
+        return [float(batch.weights.sum())]
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch, num_items_in_batch: float | None = None
@@ -208,32 +160,47 @@ class PackedTrainer(DurableTrainer):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: float | None = None
     ) -> torch.Tensor:
-        """The micro-batch's share of the step's mean loss per token, times the number of processes: DDP averages gradients."""
-        assert num_items_in_batch is not None
+        """The micro-batch's share of the step's loss, times the number of processes: DDP averages gradients."""
         self.survival.watch.at(self.state.global_step + 1, "training", partial(self.names_of, inputs.row_numbers))
         torch.manual_seed(random_seed(self.args.seed, self._epoch, inputs.row_numbers[0]))
         self.clock.mark("data")  # to the device
         values = model_inputs(inputs, self.tuned.tower)
         self.clock.mark("vision")
-        with OffloadedActivations(self.args.device, weights=self.tuned.packed.parameters()) if self._offloads else nullcontext():
-            scores: RowScores = model(**values)
+        loss, scores = self.share_of_loss(model, values, inputs)
         self.clock.mark("forward")
-        loss = supervised_loss(scores.log_probs, inputs.weights, num_items_in_batch)
         self._latest = inputs, RowScores(scores.log_probs.detach(), scores.is_top1), loss.detach()
         return loss * self.accelerator.num_processes
+
+    def share_of_loss(self, model: nn.Module, values: dict[str, Any], inputs: PackedBatch) -> tuple[torch.Tensor, RowScores]:
+        """The micro-batch's share of the step's mean loss per supervised token, and its scores.
+
+        Args:
+            values: what the model is called with.
+        """
+        with self.offloaded():
+            scores: RowScores = model(**values)
+        return supervised_loss(scores.log_probs, inputs.weights, self._totals[0]), scores
+
+    def offloaded(self) -> AbstractContextManager[Any]:
+        """Where the policy's forward pass runs: with `activation_offloading`, its activations wait in the host's memory."""
+        return OffloadedActivations(self.args.device, weights=self.tuned.packed.parameters()) if self._offloads else nullcontext()
 
     def _count(self) -> None:
         """Takes the latest micro-batch into what is logged."""
         assert self._latest is not None
         (inputs, scores, loss), self._latest = self._latest, None  # its pixels would else stay on the device through the next micro-batch
         self._flops += 0.0 if self.costs is None else self.costs.total(shape_of(inputs)).required
-        counted = inputs.weights > 0
+        counted = self.counted(inputs)
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
         self._counts[2] += inputs.num_tokens
         self._counts[3] += inputs.num_images
-        self._counts[4] += 0 if inputs.pixel_values is None else len(inputs.pixel_values)
-        self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights, inputs.sequence_index, inputs.row_numbers)
+        self._counts[4] += inputs.is_cached.count(False)
+        self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights * counted, inputs.sequence_index, inputs.row_numbers)
         self._in_step.append((loss, inputs.row_numbers))
+
+    def counted(self, batch: PackedBatch) -> torch.Tensor:
+        """(N,) which supervised tokens accuracy and loss spikes speak of."""
+        return batch.weights > 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `optim` names, with groups per part."""
@@ -255,9 +222,8 @@ class PackedTrainer(DurableTrainer):
             spikes, ranks = self._losses.look(self.train_rows.rows), self.survival.ranks
             self.clock.mark("other")
             phases = self.clock.take()
-            supervised, right, tokens, images, encoded, num_spikes, *times, flops = ranks.sum(
-                [*self._counts.tolist(), len(spikes), *phases.values(), self._flops]
-            )
+            num_spikes, flops, *sums = ranks.sum([len(spikes), self._flops, *phases.values(), *self._counts.tolist()])
+            times, (supervised, right, tokens, images, encoded, *more) = sums[: len(phases)], sums[len(phases) :]
             if num_spikes:
                 found = [spike for of_rank in ranks.gather(spikes) for spike in of_rank]
                 if ranks.is_main:
@@ -269,6 +235,7 @@ class PackedTrainer(DurableTrainer):
             steps = self.state.global_step - self._logged_step
             logs["token_accuracy"] = right / max(supervised, 1)
             logs["supervised_tokens"] = supervised
+            logs |= self.more_logs(dict(zip(self.more_counts, more, strict=True)))
             logs["tokens_per_second"] = tokens / seconds
             logs["images_per_second"] = images / seconds
             logs["images_encoded"] = encoded
@@ -283,32 +250,22 @@ class PackedTrainer(DurableTrainer):
             self._flops, self._logged_step = 0.0, self.state.global_step
         super().log(logs, start_time)
 
+    def more_logs(self, sums: dict[str, float]) -> dict[str, float]:
+        """What a log says of `more_counts`, summed over steps and ranks."""
+        return sums
+
     # --- evaluation ---
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss per supervised token and token accuracy over the evaluation rows of all ranks."""
         assert self.eval_rows is not None
-        # an engine that shares weights out has to be called itself, to gather them
         self.clock.mark("other")
-        packed, start = self.model_wrapped if self.is_deepspeed_enabled else self.tuned.packed, time.time()
+        packed, start = self.callable_model, time.time()
         training = packed.training
         packed.eval()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # weighted loss, weight, right, supervised
-        rows = self.eval_rows.rows
-        batches = iter(self._loader(self.eval_rows, pin=False))
-        for _ in range(self.eval_rows.plan.batches_per_rank):
-            taken, problem = _take(batches, 1)
-            self.check_stop(problem)
-            (batch,) = taken
-            self.survival.watch.at(self.state.global_step, "evaluating", partial(_names, rows, batch.row_numbers))
-            batch = batch.to(self.args.device)
-            scores: RowScores = packed(**model_inputs(batch, self.tuned.tower))
-            counted = batch.weights > 0
-            totals += torch.stack([-(scores.log_probs * batch.weights).sum(), batch.weights.sum(), (scores.is_top1 & counted).sum(), counted.sum()])
-        loss, weight, right, supervised = self.survival.ranks.sum(totals.tolist())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(packed, self.eval_rows).items()}
         packed.train(training)
-        metrics = {f"{metric_key_prefix}_loss": loss / weight, f"{metric_key_prefix}_token_accuracy": right / max(supervised, 1)}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
         self.clock.mark("")
         self._evaluated_step = self.state.global_step
@@ -316,23 +273,22 @@ class PackedTrainer(DurableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def callable_model(self) -> nn.Module:
+        """The model to call outside of a training step: an engine that shares weights out has to be called itself, to gather them."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.tuned.packed
+
+    def score(self, packed: nn.Module, planned: PlannedRows) -> dict[str, float]:
+        """Mean loss per supervised token and token accuracy over the rows of all ranks."""
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # weighted loss, weight, right, supervised
+        for batch, values in self.batches(planned):
+            scores: RowScores = packed(**values)
+            counted = batch.weights > 0
+            totals += torch.stack([-(scores.log_probs * batch.weights).sum(), batch.weights.sum(), (scores.is_top1 & counted).sum(), counted.sum()])
+        loss, weight, right, supervised = self.survival.ranks.sum(totals.tolist())
+        return {"loss": loss / weight, "token_accuracy": right / max(supervised, 1)}
+
 
 def random_seed(seed: int, epoch: int, row: int) -> int:
     """What dropout is drawn from in the micro-batch that begins with a row: the same on whichever rank, after whatever came before."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {row}".encode()).digest()[:8], "little") >> 1
-
-
-def _take(batches: Iterator[PackedBatch | InputError], count: int) -> tuple[list[PackedBatch], str | None]:
-    """The next batches, or what is wrong with one of them: loaders raise it, and Hugging Face's, after a resume inside an epoch, hand it over."""
-    try:
-        taken = list(itertools.islice(batches, count))
-    except InputError as error:
-        return [], str(error)
-    problem = next((str(batch) for batch in taken if isinstance(batch, InputError)), None)
-    return ([], problem) if problem else (taken, None)  # type: ignore[return-value]
-
-
-def _names(rows: Sequence[Row], numbers: Sequence[int]) -> list[str]:
-    """File and index of rows; `~row` is a filler of the plan."""
-    chosen = [rows[max(number, ~number)] for number in numbers]
-    return [f"{row.file}: row {row.index}" for row in chosen]

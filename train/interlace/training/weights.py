@@ -9,6 +9,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from interlace.errors import InputError
+from interlace.model.families import family_of
 from interlace.model.layouts import hub_name
 from interlace.model.loading import BASE_FILE, Processing, save_model, save_processing
 from interlace.model.tuning import TunedModel
@@ -80,9 +81,10 @@ def load_weights(tuned: TunedModel, folder: Path) -> None:
             set_peft_model_state_dict(tuned.peft, state)
     else:
         state = _load_full(folder)
-        by_hub_name = {hub_name(name): tensor for name, tensor in tuned.base.state_dict().items()}
-        tied = tuned.base.config.get_text_config().tie_word_embeddings
-        missing = set(by_hub_name) - set(state) - ({"language_model.lm_head.weight"} if tied else set())
+        layout = family_of(tuned.base.config).layout
+        by_hub_name = {hub_name(name, layout): tensor for name, tensor in tuned.base.state_dict().items()}
+        tied = tuned.base.config.tie_word_embeddings
+        missing = set(by_hub_name) - set(state) - ({hub_name("lm_head.weight", layout)} if tied else set())
         if not missing:
             with torch.no_grad():
                 for name, tensor in by_hub_name.items():
