@@ -41,8 +41,8 @@ test-multinode: setup
 	$(ENVIRONMENT) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m multinode tests/multinode
 
 bench: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONPATH=train $(BIN)/python benchmarks/training.py
+	$(ENVIRONMENT) OMP_NUM_THREADS=1 PYTHONPATH=train $(BIN)/python benchmarks/preference.py
 
 schema: setup
 	cd train && ../$(BIN)/python -m interlace.argument_schema
