@@ -162,6 +162,7 @@ def make_batch(config: LlavaConfig, images: tuple[int, ...], case: Case) -> Pack
         position_ids=torch.cat([torch.arange(segment.end - segment.start) for segment in segments])[None],
         segments=tuple(segments),
         rows=supervised,
+        row_index=torch.arange(len(supervised)),
         targets=torch.randint(10, 100, supervised.shape),
         weights=torch.ones(len(supervised)),
         sequence_index=torch.zeros_like(supervised),

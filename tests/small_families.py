@@ -215,4 +215,4 @@ def library_log_probs(model: Any, folder: Path, row: Row) -> torch.Tensor:
         inputs["mm_token_type_ids"] = (batch.input_ids == model.config.image_token_id).int()
     known = {name: values for name, values in inputs.items() if name not in ("num_patches", "rows", "cols")}
     logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), **known).logits[0]
-    return F.log_softmax(logits.float(), -1)[batch.rows, batch.targets]
+    return F.log_softmax(logits.float(), -1)[batch.rows[batch.row_index], batch.targets]

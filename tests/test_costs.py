@@ -67,6 +67,7 @@ def small_batch(lengths: tuple[int, ...] = LENGTHS) -> PackedBatch:
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         segments=tuple(Segment(end - length, end) for end, length in zip(ends, lengths, strict=True)),
         rows=rows,
+        row_index=rows,
         targets=rows,
         weights=torch.ones(NUM_ROWS),
         sequence_index=rows,
@@ -165,7 +166,8 @@ def test_the_published_half_billion_model_has_its_parameters_and_flops() -> None
     assert all(trainable == 0 for _, trainable in counts.values())
     costs = step_costs(tuned)
     assert costs.vision_tower.required == pytest.approx(0.642e12, rel=2e-3)
-    assert costs.language_model.forward - 2 * adapter == 2 * 24 * (4 * 1024**2 + 3 * 1024 * 2816)
+    assert costs.language_model.forward + costs.last_layer.forward - 2 * adapter == 2 * 24 * (4 * 1024**2 + 3 * 1024 * 2816)
+    assert costs.last_layer.forward == 2 * (2 * 1024**2 + 3 * 1024 * 2816 + 16 * (4 * 1024 + 3 * (1024 + 2816)))  # all but the keys and values of one layer
     assert costs.lm_head.forward == 2 * 152_000 * 1024
 
 

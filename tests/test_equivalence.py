@@ -88,7 +88,7 @@ def hugging_face_log_probs(model: LlavaForConditionalGeneration, batch: PackedBa
     """Full logits of one row by the model's own forward."""
     pixels = None if batch.pixel_values is None else batch.pixel_values[batch.image_index]
     logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), pixel_values=pixels).logits[0]
-    return F.log_softmax(logits.float(), -1)[batch.rows, batch.targets]
+    return F.log_softmax(logits.float(), -1)[batch.rows[batch.row_index], batch.targets]
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -229,14 +229,15 @@ def test_a_trunk_with_two_leaves_equals_two_sequences(tiny_dir: Path, rows: list
         "input_ids": torch.cat([trunk, leaf, other])[None],
         "position_ids": torch.cat([torch.arange(length + size), torch.arange(length, length + size)])[None],
         "segments": (Segment(0, length), Segment(length, length + size, 0), Segment(length + size, length + 2 * size, 0)),
-        "rows": torch.cat([torch.arange(length - 1, length + size - 1), torch.tensor([length - 1]), torch.arange(length + size, length + 2 * size - 1)]),
+        "rows": torch.cat([torch.arange(length - 1, length + size - 1), torch.arange(length + size, length + 2 * size - 1)]),
+        "row_index": torch.tensor([*range(size), 0, *range(size, 2 * size - 1)]),
         "targets": torch.cat([leaf, other]),
     }
     with torch.no_grad():
         shared = tuned.packed(**packed).log_probs
         for start, ending in ((0, leaf), (size, other)):
             alone = {**model_inputs(single, tuned.tower), "input_ids": torch.cat([trunk, ending])[None]}
-            alone |= {"rows": torch.arange(length - 1, length + size - 1), "targets": ending}
+            alone |= {"rows": torch.arange(length - 1, length + size - 1), "row_index": torch.arange(size), "targets": ending}
             torch.testing.assert_close(shared[start : start + size], tuned.packed(**alone).log_probs, **TOLERANCE)
 
 
@@ -248,7 +249,7 @@ def test_packed_batch_is_what_its_rows_say(tiny_dir: Path, rows: list[Row], demo
     assert batch.num_tokens == sum(row.length for row in rows) == batch.segments[-1].end
     assert [segment.end - segment.start for segment in batch.segments] == [row.length for row in rows]
     assert batch.position_ids[0, [segment.start for segment in batch.segments]].eq(0).all()
-    assert torch.equal(batch.input_ids[0, batch.rows + 1], batch.targets)
+    assert torch.equal(batch.input_ids[0, batch.rows[batch.row_index] + 1], batch.targets)
     for number, row in enumerate(rows):
         mine = batch.sequence_index == number
         labels = torch.from_numpy(row.encoded.labels)

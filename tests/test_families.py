@@ -169,7 +169,7 @@ def library_log_probs(model: PreTrainedModel, folder: Path, row: Row) -> torch.T
     inputs = library_inputs(folder, [PIL.Image.open(place.path) for place in row.images])
     batch = collate(folder, [row])
     logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), **inputs).logits[0]
-    return F.log_softmax(logits.float(), -1)[batch.rows, batch.targets]
+    return F.log_softmax(logits.float(), -1)[batch.rows[batch.row_index], batch.targets]
 
 
 def library_processor(folder: Path) -> Any:

@@ -118,7 +118,7 @@ def test_the_page_marks_what_the_loss_counts(opened: tuple[Browser, Path, list[O
         batch = collate([(0, outcome.row)])
         assert [token for token, _, _ in tokens] == batch.input_ids[0].tolist()
         labels = torch.full_like(batch.input_ids[0], -100)
-        labels[batch.rows + 1] = batch.targets
+        labels[batch.rows[batch.row_index] + 1] = batch.targets
         assert [token if marked else -100 for token, marked, _ in tokens] == labels.tolist()
         assert [weight for _, marked, weight in tokens if marked] == batch.weights.tolist()
 

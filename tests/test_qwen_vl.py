@@ -117,7 +117,7 @@ def test_flops_are_what_torchs_counter_counts(folder: Path, pictures: Path, part
         supervised_loss(tuned.packed(**model_inputs(batch, tuned.tower)).log_probs, batch.weights, 1.0).backward()
     shape = shape_of(batch)
     tiles = [count - 2 for count in load_processing(str(folder)).row_image_tokens([SIZES["large"], SIZES["square"]])]
-    assert shape == BatchShape(batch.num_tokens, batch.num_tokens * (batch.num_tokens + 1) / 2, sum(tiles), len(batch.rows), 0, sum(n**2 for n in tiles))
+    assert shape == BatchShape(batch.num_tokens, batch.num_tokens * (batch.num_tokens + 1) / 2, sum(tiles), len(batch.targets), 0, sum(n**2 for n in tiles))
     square = BatchShape(shape.num_tokens, shape.num_tokens**2, shape.num_images, shape.num_rows, 0, shape.num_tile_pairs)
     assert step_costs(tuned).total(square).required == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -173,6 +173,7 @@ def test_grandchildren_keep_their_path(tiny_dir: Path, tmp_path: Path) -> None:
         position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6]]),
         segments=forest,
         rows=torch.tensor([6, 7, 3, 9]),
+        row_index=torch.arange(4),
         targets=torch.tensor([7, 8, 9, 10]),
         weights=torch.ones(4),
         sequence_index=torch.tensor([0, 0, 1, 1]),

@@ -53,8 +53,9 @@ class PackedBatch:
 
     input_ids: (1, T). position_ids: (1, T), or (3, 1, T) in time, rows and columns; they count along the path from the root segment.
     segments: the forest; tokens attend within their segment and to its ancestors only.
-    rows: (N,) positions whose next token is supervised; targets: (N,) that token; weights: (N,) its weight in the loss.
-    sequence_index: (N,) which sequence of the batch each of them belongs to; row_numbers: data set row of each sequence. sequences_per_row: 2 for preference
+    rows: (P,) distinct positions before a supervised token. targets: (N,) these tokens; row_index: (N,) which of the positions each stands behind: the first
+    tokens of several leaves stand behind the end of their trunk. weights: (N,) in the loss.
+    sequence_index: (N,) which sequence of the batch each target belongs to; row_numbers: data set row of each sequence. sequences_per_row: 2 for preference
     pairs, whose chosen and rejected answers are neighbouring sequences; else 1.
     image_index: (M,) which of the K distinct images stands at each image place, in order of the places; image_positions: (total image tokens,)
     positions in `input_ids` that image features fill.
@@ -70,6 +71,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     segments: tuple[Segment, ...]
     rows: torch.Tensor
+    row_index: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     sequence_index: torch.Tensor
@@ -165,6 +167,7 @@ class Collator:
         segments = tuple(Segment(end - (piece.end - piece.start), end, piece.parent) for piece, end in zip(pieces, ends, strict=True))
         input_ids = torch.from_numpy(np.concatenate([expanded[piece.row][0][piece.start : piece.end] for piece in pieces]))
         places, targets, weights, sequence = self._supervised(pieces, segments, expanded)
+        distinct, index = places.unique(return_inverse=True)
         images = distinct_images(rows)
         number = {image: i for i, image in enumerate(images)}
         keys, found = self._found(images)
@@ -181,7 +184,8 @@ class Collator:
             input_ids=input_ids.long()[None],
             position_ids=self._positions(pieces, expanded, [[grids[i] for i in images] for images in shown] if grids else None),
             segments=segments,
-            rows=places,
+            rows=distinct,
+            row_index=index,
             targets=targets,
             weights=weights,
             sequence_index=sequence,

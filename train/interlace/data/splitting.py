@@ -37,13 +37,15 @@ def _select(batch: PackedBatch, leaves: Sequence[int], sequences: range) -> Pack
     place = torch.full((batch.num_tokens,), -1)
     place[tokens] = torch.arange(len(tokens))
     chosen = (batch.sequence_index >= sequences.start) & (batch.sequence_index < sequences.stop)
+    distinct, index = place[batch.rows[batch.row_index[chosen]]].unique(return_inverse=True)
     is_inside = place[batch.image_positions] >= 0
     selected = dataclasses.replace(
         batch,
         input_ids=batch.input_ids[:, tokens],
         position_ids=batch.position_ids[..., tokens],
         segments=tuple(segments),
-        rows=place[batch.rows[chosen]],
+        rows=distinct,
+        row_index=index,
         targets=batch.targets[chosen],
         weights=batch.weights[chosen],
         sequence_index=batch.sequence_index[chosen] - sequences.start,

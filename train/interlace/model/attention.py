@@ -60,10 +60,11 @@ class Forest:
 
     Args:
         segments: cover the batch's T tokens without gaps.
+        rows: the distinct positions that the last layer is asked for; None for all.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device):
-        self.segments, self.device = tuple(segments), device
+    def __init__(self, segments: Sequence[Segment], device: torch.device, rows: torch.Tensor | None = None):
+        self.segments, self.device, self.rows = tuple(segments), device, rows
 
     @cached_property
     def has_parents(self) -> bool:

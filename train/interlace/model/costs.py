@@ -3,9 +3,10 @@
 Conventions: one multiplication with its addition is 2 FLOPs; only matrix products and convolutions count. A linear layer's backward pass is one more product
 for the gradient of its input, if anything below it learns, and one for its weight, if that learns. The language model's attention counts the pairs of a
 query and a key that the rule of the segments allows (the causal half) and twice as much backward, without the recomputation inside fused kernels.
+Of the last layer all tokens pass the keys and values only, where `last_layer` knows it; the rest is counted for the rows that are scored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig
 from interlace.data.batch import PackedBatch, Segment
 from interlace.model.attention import ancestors
 from interlace.model.families import Family
+from interlace.model.last_layer import ALL_TOKENS
 from interlace.model.tuning import TunedModel
 
 # Linear layers that read the same input, in the order in which a block runs them
@@ -45,7 +47,7 @@ def shape_of(batch: PackedBatch) -> BatchShape:
     """The shape of a batch."""
     new, cached = (0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
     pairs = sum((rows * columns) ** 2 for rows, columns in batch.new_grids)
-    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.rows), cached, pairs)
+    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.targets), cached, pairs)
 
 
 def attended_pairs(segments: Sequence[Segment]) -> int:
@@ -83,13 +85,14 @@ class Cost:
 @dataclass(frozen=True)
 class StepCosts:
     """The costs of the parts: of the tower and the projector per tile, of the tower's attention over whole images per pair of tiles, of the language model's
-    layers per token and pair, of `lm_head` per row."""
+    layers per token and pair, of the last layer and `lm_head` per row."""
 
     vision_tower: Cost
     vision_attention: Cost
     projector: Cost
     language_model: Cost
     attention: Cost
+    last_layer: Cost
     lm_head: Cost
 
     def parts(self, shape: BatchShape) -> dict[str, Cost]:
@@ -97,14 +100,14 @@ class StepCosts:
         return {
             "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached) + self.vision_attention.times(shape.num_tile_pairs),
             "projector": self.projector.times(shape.num_images),
-            "language_model": self.language_model.times(shape.num_tokens),
+            "language_model": self.language_model.times(shape.num_tokens) + self.last_layer.times(shape.num_rows),
             "attention": self.attention.times(shape.num_pairs),
             "lm_head": self.lm_head.times(shape.num_rows),
         }
 
     def with_reference(self) -> "StepCosts":
         """With one more forward pass of all behind the tower: preference tuning asks a reference model, too."""
-        parts = {name: getattr(self, name) for name in ("projector", "language_model", "attention", "lm_head")}
+        parts = {name: getattr(self, name) for name in ("projector", "language_model", "attention", "last_layer", "lm_head")}
         return replace(self, **{name: cost + Cost(cost.forward) for name, cost in parts.items()})
 
     def total(self, shape: BatchShape) -> Cost:
@@ -130,16 +133,22 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
     model = getattr(base.model, family.language_model)
     # transformers makes the embeddings' output require a gradient when it checkpoints
     learns = bool(learns or base.get_input_embeddings().weight.requires_grad or checkpointing)
-    layers, pairs = Cost(), Cost()
+    layers, pairs, last = Cost(), Cost(), Cost()
     width = config.get_text_config().num_attention_heads * model.layers[0].self_attn.head_dim
     for layer in model.layers:
         attention_learns = learns or any(parameter.requires_grad for parameter in layer.self_attn.parameters())
-        cost, learns = _sum(_linears(layer, learns), recomputed=checkpointing)
-        layers += cost
+        linears = list(_linears(layer, learns))
+        if layer is model.layers[-1] and tuned.packed.is_trimmed:
+            of_tokens, linears = [[item for item in linears if bool(ALL_TOKENS & set(item[0].split("."))) is wanted] for wanted in (True, False)]
+            layers += _sum(of_tokens, checkpointing, ends=False)[0]
+            last, learns = _sum(linears, checkpointing)
+        else:
+            cost, learns = _sum(linears, checkpointing)
+            layers += cost
         pairs += _attention(width, attention_learns, checkpointing)
     head = base.get_output_embeddings().weight
     row = Cost(2.0 * head.numel(), 2.0 * head.numel() * (int(learns) + int(head.requires_grad)))
-    return StepCosts(vision, vision_pairs, projector, layers, pairs, row)
+    return StepCosts(vision, vision_pairs, projector, layers, pairs, last, row)
 
 
 def _tower_cost(tower: nn.Module, config: PretrainedConfig, family: Family, checkpointing: bool) -> tuple[Cost, Cost, bool]:
@@ -173,7 +182,10 @@ def _projector_cost(model: Any, config: PretrainedConfig, family: Family, below:
     """Cost per tile, and whether anything up to the projector's output learns."""
     total, learns = Cost(), below
     for name in family.projector:
-        cost, learned = _sum(_linears(model.get_submodule(name), below), recomputed=False)
+        part = model.get_submodule(name)
+        others = [module for module in part.modules() if not isinstance(module, nn.Linear)]  # a norm, which stands in front of all
+        norm_learns = any(parameter.requires_grad for module in others for parameter in module.parameters(recurse=False))
+        cost, learned = _sum(_linears(part, below or norm_learns), recomputed=False)
         total, learns = total + cost, learns or learned
     return total.times(family.tokens_per_tile(config)), learns
 
@@ -203,12 +215,16 @@ def _linears(module: nn.Module, below: bool) -> Iterator[tuple[str, float, bool,
             below = below or learns
 
 
-def _sum(linears: Iterator[tuple[str, float, bool, bool]], recomputed: bool) -> tuple[Cost, bool]:
-    """The cost of a block per token, and whether its output needs a gradient. Recomputation stops before the last product: nothing is saved behind it."""
+def _sum(linears: Iterable[tuple[str, float, bool, bool]], recomputed: bool, ends: bool = True) -> tuple[Cost, bool]:
+    """The cost of a block per token, and whether its output needs a gradient. Recomputation stops before the last product: nothing is saved behind it.
+
+    Args:
+        ends: the last of these layers is the block's last.
+    """
     forward = backward = last = 0.0
     gradient = False
     for _, last, learns, reached in linears:
         forward += last
         backward += last * (int(learns) + int(reached))
         gradient = gradient or learns or reached
-    return Cost(forward, backward, (forward - last) * (recomputed and gradient)), gradient
+    return Cost(forward, backward, (forward - last * ends) * (recomputed and gradient)), gradient

@@ -16,6 +16,7 @@ from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
 from interlace.model.features import FeatureCache
 from interlace.model.head import RowHead, RowScores
+from interlace.model.last_layer import can_trim, trim
 
 
 class ProjectorInTower(nn.Module):
@@ -96,6 +97,11 @@ class PackedModel(nn.Module):
         self.config = model.config
         self.family, self.head = family_of(model.config), RowHead()
         self.use_attention("sdpa")
+        last = self._layers[-1]
+        added_behind = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))  # to all tokens, so these layers stay whole
+        self.is_trimmed = can_trim(last) and added_behind < len(self._layers)
+        if self.is_trimmed:
+            trim(last)
         # layers that FSDP takes as its units, of those that are still in here
         present = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = [name for name in model._no_split_modules or () if name in present]
@@ -126,6 +132,7 @@ class PackedModel(nn.Module):
         position_ids: torch.Tensor,
         segments: Sequence[Segment],
         rows: torch.Tensor,
+        row_index: torch.Tensor,
         targets: torch.Tensor,
         image_index: torch.Tensor,
         image_positions: torch.Tensor,
@@ -153,11 +160,11 @@ class PackedModel(nn.Module):
             first, *deeper = filled.split(embeddings.shape[-1], dim=-1)
             embeddings = embeddings.index_copy(1, image_positions, first[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
-        forest = Forest(segments, embeddings.device)
-        with _added_behind(language_model.layers, deeper, image_positions):
+        forest = Forest(segments, embeddings.device, rows if self.is_trimmed else None)
+        with _added_behind(self._layers, deeper, image_positions):
             output = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest)
-        hidden = output.last_hidden_state
-        return RowScores(*self.head(hidden[0, rows], self.model.get_output_embeddings(), targets, with_statistics))
+        hidden = output.last_hidden_state[0] if self.is_trimmed else output.last_hidden_state[0, rows]
+        return RowScores(*self.head(hidden[row_index], self.model.get_output_embeddings(), targets, with_statistics))
 
     def _image_rows(
         self, image_features: torch.Tensor, image_index: torch.Tensor, num_rows: int, image_sizes: Sequence[tuple[int, int]], image_tokens: Sequence[int]
@@ -197,6 +204,11 @@ class PackedModel(nn.Module):
         return self.family.features(self.config, tower, pixel_values.to(_dtype(tower)), grids)
 
     @property
+    def _layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = getattr(self.model.model, self.family.language_model).layers
+        return layers
+
+    @property
     def _projector_dtype(self) -> torch.dtype:
         return _dtype(self.model.model.get_submodule(self.family.projector[0]))
 
@@ -226,5 +238,17 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def model_inputs(batch: PackedBatch, tower: FrozenTower | None) -> dict[str, Any]:
     """The keyword arguments of `PackedModel.forward` for a batch; a frozen tower runs here."""
     images: dict[str, Any] = {"pixel_values": batch.pixel_values} if tower is None else {"image_features": tower.features_of(batch)}
-    names = ["input_ids", "position_ids", "segments", "rows", "targets", "image_index", "image_positions", "image_sizes", "image_tokens", "image_grids"]
+    names = [
+        "input_ids",
+        "position_ids",
+        "segments",
+        "rows",
+        "row_index",
+        "targets",
+        "image_index",
+        "image_positions",
+        "image_sizes",
+        "image_tokens",
+        "image_grids",
+    ]
     return {**{name: getattr(batch, name) for name in names}, **images}

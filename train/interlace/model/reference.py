@@ -127,5 +127,5 @@ class Stored:
         numbers = [max(number, ~number) for number in batch.row_numbers[:: batch.sequences_per_row]]
         starts, stored = self.starts[view], self.values[view]
         found = torch.cat([stored[int(starts[number]) : int(starts[number + 1])] for number in numbers])
-        assert len(found) == len(batch.rows) and not found.isnan().any()
+        assert len(found) == len(batch.targets) and not found.isnan().any()
         return found.to(batch.rows.device)

@@ -143,6 +143,7 @@ def _batch(tuned: TunedModel, segments: Sequence[Segment], num_images: int, num_
         position_ids=torch.zeros(1, tokens, dtype=torch.long),
         segments=tuple(segments),
         rows=rows,
+        row_index=rows,
         targets=rows,
         weights=torch.zeros(num_rows),
         sequence_index=rows,
