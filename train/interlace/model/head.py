@@ -42,7 +42,7 @@ class RowHead(nn.Module):
         if isinstance(layer, BaseTunerLayer):  # with an adapter on it the weight is not all of it
             logits = layer(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            statistics = _statistics(logits.detach(), logits.detach().logsumexp(1)) if with_statistics else None
+            statistics = _statistics(logits.detach(), logits.detach().logsumexp(1), logits.detach().softmax(1)) if with_statistics else None
             return logits.log_softmax(1).gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets, statistics
         weight: torch.Tensor = layer.weight
         bias: torch.Tensor | None = layer.bias
@@ -77,12 +77,16 @@ class TiledScores(torch.autograd.Function):
             logits = _logits(hidden[tile], weight, bias)
             chosen, total = logits.gather(1, targets[tile, None])[:, 0], logits.logsumexp(1)
             log_probs[tile], is_top1[tile] = chosen - total, logits.argmax(1) == targets[tile]
+            keeps = weight_learns and len(tiles) == 1
+            if not (with_statistics or keeps or directions is not None):
+                continue
+            probabilities = (logits.sub(total[:, None]) if with_statistics else logits.sub_(total[:, None])).exp_()
             if with_statistics:
-                statistics[:, tile] = _statistics(logits, total)
+                statistics[:, tile] = _statistics(logits, total, probabilities)
             if directions is not None:
-                torch.mm(_slope(logits, total, targets[tile]).to(weight.dtype), weight, out=directions[tile])
-            elif weight_learns and len(tiles) == 1:
-                kept = [_slope(logits, total, targets[tile]).to(weight.dtype)]
+                torch.mm(_slope(probabilities, targets[tile]).to(weight.dtype), weight, out=directions[tile])
+            elif keeps:
+                kept = [_slope(probabilities, targets[tile]).to(weight.dtype)]
         ctx.mark_non_differentiable(is_top1, statistics)
         ctx.save_for_backward(*([directions] if directions is not None else [hidden, weight, bias, targets, *kept]))
         ctx.has_directions = directions is not None
@@ -105,7 +109,7 @@ class TiledScores(torch.autograd.Function):
                 slope = kept[0]
             else:
                 logits = _logits(hidden[tile], weight, bias)
-                slope = _slope(logits, logits.logsumexp(1), targets[tile]).to(weight.dtype)
+                slope = _slope(logits.sub_(logits.logsumexp(1, keepdim=True)).exp_(), targets[tile]).to(weight.dtype)
             slope = slope * gradient[tile, None].to(slope.dtype)
             if of_hidden is not None:
                 torch.mm(slope, weight, out=of_hidden[tile])
@@ -127,14 +131,13 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _statistics(logits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """(3, N) of `RowScores` from logits (N, vocabulary) and their log-sum-exp (N,)."""
-    probabilities = (logits - total[:, None]).exp_()
+def _statistics(logits: torch.Tensor, total: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """(3, N) of `RowScores`, from logits (N, vocabulary), their log-sum-exp (N,) and their softmax."""
     entropy = total - torch.einsum("nv,nv->n", probabilities, logits)
     return torch.stack([entropy, logits.mean(1), torch.einsum("nv,nv->n", probabilities, probabilities).log()])
 
 
-def _slope(logits: torch.Tensor, total: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of each row's log-prob in its logits, in their place: one at the target, less the probabilities."""
-    slope = logits.sub_(total[:, None]).exp_().neg_()
+def _slope(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of each row's log-prob in its logits, in place of the probabilities: one at the target, less these."""
+    slope = probabilities.neg_()
     return slope.scatter_add_(1, targets[:, None], torch.ones_like(targets[:, None], dtype=slope.dtype))
