@@ -306,6 +306,8 @@ def test_defaults_of_preference_tuning_are_those_of_trl() -> None:
         ({"label_smoothing": 0.1}, "label_smoothing: does nothing with loss_type sigmoid"),
         ({"loss_type": ["aot"], "f_divergence_type": "forward_kl"}, "f_divergence_type goes with"),
         ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting"),
+        ({"fsdp": True, "lora": False}, "fsdp: the reference of a fully tuned model is a second one"),
+        ({"deepspeed": "zero3", "lora": True, "lora_path": "somewhere"}, "lora_path: the reference is this adapter as it was"),
         ({"reference_dir": "x"}, "reference_dir needs precompute_ref_log_probs"),
         ({"share_prefix": True}, "share_prefix: both answers of a pair share"),
         ({"sync_ref_model": True}, "sync_ref_model: True cannot be honoured"),

@@ -15,6 +15,7 @@ from interlace.model.attention import dense_mask
 from interlace.model.costs import BatchShape, attended_pairs, shape_of, step_costs
 from interlace.model.forward import model_inputs
 from interlace.model.losses import supervised_loss
+from interlace.model.reference import FrozenCopy
 from interlace.model.tuning import Lora, TunedModel, tune
 from interlace.training.outline import empty_model
 from interlace.training.rehearsal import Rehearsal, rehearse
@@ -208,3 +209,16 @@ def test_the_fullest_moment_depends_on_what_is_shared() -> None:
     assert rehearsal.peak() == {"activations": 60, "logits": 30, "gradients": 20}
     assert rehearsal.peak(gradient_share=0.25) == {"activations": 100, "logits": 0, "gradients": 0}
     assert rehearsal.peak(gradients_kept=80) == {"activations": 100, "logits": 0, "gradients": 80}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_reference_costs_one_more_forward_pass_and_sees_for_itself_where_the_tower_learns(parts: str) -> None:
+    """A frozen copy asked without a gradient, as preference tuning asks it; what a frozen tower made is there already."""
+    tuned, batch = small_model(small_config(), PARTS[parts], None), small_batch()
+    reference = FrozenCopy(tuned.packed, torch.float32, is_rounded=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        values = model_inputs(batch, tuned.tower)
+        reference.log_probs(tuned.packed, values, batch, "train")
+        supervised_loss(tuned.packed(**values).log_probs, batch.weights, batch.weights.sum()).backward()
+    whole_square = BatchShape(sum(LENGTHS), sum(length**2 for length in LENGTHS), NUM_IMAGES, NUM_ROWS)
+    assert step_costs(tuned).with_reference().total(whole_square).required == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from interlace.sharding_arguments import slices_weights
+
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"),
     *("discopop", "sft", "sigmoid_norm"),
@@ -45,6 +47,15 @@ def preference_problems(a: Mapping[str, Any], did_you_mean: Callable[[str, Itera
         ),
         (a["reference_dir"] is not None and not a["precompute_ref_log_probs"], "reference_dir needs precompute_ref_log_probs: true"),
         (a["precompute_ref_batch_size"] is not None and not a["precompute_ref_log_probs"], "precompute_ref_batch_size needs precompute_ref_log_probs: true"),
+        (
+            bool(a["lora_path"]) and not a["precompute_ref_log_probs"] and slices_weights(a),
+            "lora_path: the reference is this adapter as it was, which fsdp and ZeRO-3 cannot keep in slices beside the one that learns; "
+            "set precompute_ref_log_probs: true, or use deepspeed: zero2",
+        ),
+        (
+            bool(a["fsdp"]) and not a["lora"] and not a["precompute_ref_log_probs"],
+            "fsdp: the reference of a fully tuned model is a second one; set precompute_ref_log_probs: true, or use deepspeed: zero3",
+        ),
         (a["share_prefix"], "share_prefix: both answers of a pair share their prompt always; the key is for supervised rows"),
         (a["label_policy"] != "assistant", "label_policy: a preference is about the last answer alone; leave the key out"),
         (a["prompt_style"] == "plain", "prompt_style: plain leaves questions out, so that nothing can be preferred; choose another one"),

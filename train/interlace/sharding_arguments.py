@@ -1,5 +1,6 @@
 """The keys `deepspeed` and `fsdp` against the other keys, without importing DeepSpeed or torch."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,6 +91,15 @@ def sharding_problems(arguments: Mapping[str, Any], read_json: Read) -> list[str
     if stage == 3 and arguments["use_dora"]:
         problems.append(f"{name}: use_dora reads weights outside of their layers, where they are slices; use deepspeed zero2")
     return problems
+
+
+def slices_weights(arguments: Mapping[str, Any]) -> bool:
+    """Whether each process keeps slices of the weights (FSDP, ZeRO's stage 3), for keys that `sharding_problems` accepts."""
+    if not arguments["deepspeed"]:
+        return bool(arguments["fsdp"])
+    config = json.loads(deepspeed_path(arguments["deepspeed"]).read_text())
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def _refused_settings(config: Mapping[str, Any]) -> list[str]:

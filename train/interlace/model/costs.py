@@ -7,7 +7,7 @@ Of the last layer all tokens pass the keys and values only, where `last_layer` k
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -106,8 +106,9 @@ class StepCosts:
         }
 
     def with_reference(self) -> "StepCosts":
-        """With one more forward pass of all behind the tower: preference tuning asks a reference model, too."""
-        parts = {name: getattr(self, name) for name in ("projector", "language_model", "attention", "last_layer", "lm_head")}
+        """With one more forward pass: preference tuning asks a reference model, too, which sees by itself only where the tower learns."""
+        shared = () if self.vision_tower.backward else ("vision_tower", "vision_attention")
+        parts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
         return replace(self, **{name: cost + Cost(cost.forward) for name, cost in parts.items()})
 
     def total(self, shape: BatchShape) -> Cost:

@@ -74,23 +74,9 @@ def _views(evaluation: PlannedRows, count: int) -> dict[str, PlannedRows]:
 
 
 def _live(tuned: TunedModel, arguments: Arguments, task: Task) -> Reference:
-    """A reference that is asked along with the policy.
-
-    Raises:
-        InputError: where processes share the weights so that it would have to be a second model.
-    """
-    is_sliced = bool(task.args.fsdp) or (bool(task.args.deepspeed) and task.args.hf_deepspeed_config.is_zero3())  # type: ignore[attr-defined]
-    if tuned.peft is not None and not arguments["lora_path"]:
-        return AdapterOff(tuned.peft)
+    """A reference that is asked along with the policy; `preference_problems` refuses what cannot be."""
     if tuned.peft is not None:
-        if is_sliced:
-            raise InputError(
-                "lora_path: the reference is the adapter as it was, and processes that share the weights (fsdp, ZeRO-3) cannot have it beside the one that "
-                "learns; set precompute_ref_log_probs: true"
-            )
-        return AsItBegan(tuned.packed)
-    if task.args.fsdp:
-        raise InputError("fsdp: the reference of a fully tuned model is a second one; set precompute_ref_log_probs: true, or use deepspeed: zero3")
+        return AsItBegan(tuned.packed) if arguments["lora_path"] else AdapterOff(tuned.peft)
     return FrozenCopy(tuned.packed, compute_dtype(arguments), is_rounded=bool(task.args.deepspeed) and compute_dtype(arguments) is not torch.float32)
 
 
