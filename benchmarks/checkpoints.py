@@ -28,7 +28,8 @@ from transformers import TrainingArguments as HuggingFaceArguments
 from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.data.demo import MODEL
 from interlace.data.template import ChatTemplate
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import Processing
+from interlace.model.saving import save_model, save_processing
 from interlace.training import checkpoint, durable, resume, run, supervised
 
 RESULTS = Path(__file__).parent / "results"

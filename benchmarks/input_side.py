@@ -113,7 +113,8 @@ def make_model_folder(folder: Path) -> Any:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     from interlace.data.template import ChatTemplate
-    from interlace.model.loading import Processing, save_processing
+    from interlace.model.loading import Processing
+    from interlace.model.saving import save_processing
 
     vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(str(Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"))
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)

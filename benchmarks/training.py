@@ -45,7 +45,8 @@ from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.data.demo import MODEL
 from interlace.data.template import ChatTemplate
 from interlace.model.forward import FrozenTower
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import Processing
+from interlace.model.saving import save_model, save_processing
 
 PATCH, VOCABULARY, PROMPT, ANSWER = 14, 9408, 60, 50
 MIXTURE = {1: 25, 2: 30, 3: 10, 4: 10, 5: 8, 6: 5, 8: 7, 10: 3, 16: 2}  # images per row -> percent of rows

@@ -31,7 +31,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.data.template import ChatTemplate
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import Processing
+from interlace.model.saving import save_model, save_processing
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "model"

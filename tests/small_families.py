@@ -39,8 +39,9 @@ from interlace.data.reading import Row
 from interlace.data.sample import Image, Place, Sample, Text, Turn
 from interlace.data.template import ChatTemplate
 from interlace.model.families import family_of
-from interlace.model.loading import load_processing, save_model, save_processing
+from interlace.model.loading import load_processing
 from interlace.model.processing import Processing
+from interlace.model.saving import save_model, save_processing
 from tests.conftest import DEMO_MODEL
 
 SIZES = {"wide": (300, 70), "tall": (60, 250), "square": (120, 120), "large": (420, 330), "line": (300, 4), "dot": (1, 1), "odd": (197, 143)}

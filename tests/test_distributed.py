@@ -24,8 +24,9 @@ from interlace.data.sources import read_entries
 from interlace.data.template import ChatTemplate
 from interlace.model.costs import step_costs
 from interlace.model.forward import model_inputs
-from interlace.model.loading import Processing, resolve_model_path, save_model, save_processing
+from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.losses import supervised_loss
+from interlace.model.saving import save_model, save_processing
 from interlace.training import parts
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model

@@ -1,6 +1,7 @@
 """Families whose images are cut into tiles, against transformers' own processors and models: tiny models, float32 on the CPU."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -45,8 +47,9 @@ from interlace.errors import InputError
 from interlace.inference.generation import load_generator
 from interlace.model.families import family_of
 from interlace.model.llava import TiledImages
-from interlace.model.loading import load_config, load_model, load_processing, save_model, save_processing
+from interlace.model.loading import load_config, load_model, load_processing
 from interlace.model.processing import Processing
+from interlace.model.saving import save_model, save_processing
 from interlace.model.tiles import Tiles
 from interlace.model.tuning import Lora, tune
 from interlace.training.parts import row_reader
@@ -527,3 +530,56 @@ def test_a_run_trains_and_its_result_answers_as_the_library_does(
             **inputs,
         )
         assert generator.processing.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
+
+
+# --- folders that are not whole ---
+
+
+def _edit_config(folder: Path, part: str, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config[part] |= changes
+    config[part].pop("layer_types", None)
+    path.write_text(json.dumps(config))
+
+
+def _keep_one_of_two_files(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    names = {name: f"model-{1 + (i % 2):05}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
+    save_file({name: weights[name] for name, file in names.items() if "00001-of" in file}, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "model.safetensors").unlink()
+
+
+def _halve(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "half a file": (_halve, r"model.safetensors cannot be read: .*half-downloaded: fetch it once more"),
+    "one of two files": (_keep_one_of_two_files, r"1 of 2 files of weights are missing: model-00002-of-00002.safetensors"),
+    "no file": (lambda folder: (folder / "model.safetensors").unlink(), r"no weights in this folder; expected model.safetensors"),
+    "another width": (
+        lambda folder: _edit_config(folder, "text_config", intermediate_size=56),
+        r"layers.0.mlp.down_proj.weight is \[32, 48\] in the file and \[32, 56\] by config.json \(\d+ weights differ\)",
+    ),
+    "more layers": (lambda folder: _edit_config(folder, "text_config", num_hidden_layers=9), r"weights that config.json asks for are missing, .*layers\.\d"),
+    "fewer layers": (lambda folder: _edit_config(folder, "text_config", num_hidden_layers=1), r"weights have no place in the model of config.json, .*layers.1"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_is_not_whole_or_contradicts_itself_is_refused_by_name(tiny_dir: Path, tmp_path: Path, case: str) -> None:
+    folder, (damage, message) = shutil.copytree(tiny_dir, tmp_path / "model"), BROKEN[case]
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_model(str(folder), torch.float32)
+
+
+def test_a_tower_may_have_more_than_is_used_of_it(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "vision_tower" in name)
+    save_file(weights | {f"{name.split('vision_tower')[0]}vision_tower.head.probe": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    load_model(str(folder), torch.float32)

@@ -28,8 +28,9 @@ from interlace.data.template import ChatTemplate
 from interlace.errors import InputError
 from interlace.model.conversion import to_hub
 from interlace.model.llava import llava_features
-from interlace.model.loading import load_model, load_processing, save_model, save_processing
+from interlace.model.loading import load_model, load_processing
 from interlace.model.processing import Processing
+from interlace.model.saving import save_model, save_processing
 from tests.conftest import ROOT, tiny_config
 from tests.test_conversion import make_model, original_weights, write_original
 from tests.test_scripts import run

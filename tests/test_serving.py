@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from interlace.model.conversion import to_hub
-from interlace.model.loading import load_model, save_model
+from interlace.model.loading import load_model
+from interlace.model.saving import save_model
 from tests.test_conversion import make_model, original_weights, write_original
 
 RENAMED = (  # `hf_to_vllm_mapper` of its LlavaForConditionalGeneration: how newer transformers save by themselves

@@ -15,7 +15,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from interlace.data import demo
 from interlace.data.styles import ChatML
 from interlace.data.template import ChatTemplate
-from interlace.model.loading import Processing, save_model, save_processing
+from interlace.model.loading import Processing
+from interlace.model.saving import save_model, save_processing
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 NEW_QUESTIONS = ["Which digit is the largest?", "How many images show an even digit?", "Which image shows the digit 7?", "2 of 4"]

@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from interlace.errors import InputError
 from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, ROWS_ADDED, TEXT_MODELS, hub_name, original_name
-from interlace.model.loading import LICENCE_FILES, copy_files, load_config, load_processing, local_folder, original_of, save_config, save_processing
+from interlace.model.loading import load_config, load_processing, local_folder, original_of
 from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, keep_aside
+from interlace.model.saving import LICENCE_FILES, copy_files, save_config, save_processing
 from interlace.model.weight_files import StoredTensor, safetensors_of, stored_tensors, write_sharded
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]

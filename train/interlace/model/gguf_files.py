@@ -20,8 +20,9 @@ from interlace.errors import InputError
 from interlace.model.conversion import Progress, whole_or_not_at_all
 from interlace.model.gguf_vocabulary import Vocabulary, read_vocabulary
 from interlace.model.layouts import EMBEDDINGS, HEAD, VISION, hub_name
-from interlace.model.loading import ADAPTER_CONFIG, LICENCE_FILES, copy_files, load_processing, local_folder, original_of
+from interlace.model.loading import ADAPTER_CONFIG, load_processing, local_folder, original_of
 from interlace.model.processing import Processing
+from interlace.model.saving import LICENCE_FILES, copy_files
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
 MODEL_FILE, PROJECTOR_FILE = "model.gguf", "mmproj.gguf"

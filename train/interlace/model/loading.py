@@ -1,15 +1,14 @@
-"""Models, tokenizers and image processors: loading what users have, saving what everybody can read."""
+"""Models, tokenizers and image processors: loading what users have, in whichever layout."""
 
 import copy
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, save_torch_state_dict, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
@@ -27,11 +26,10 @@ from transformers import (
 
 from interlace.data import demo
 from interlace.data.template import ChatTemplate, LabelPolicy
-from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
 from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
-from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, Original, keep_aside, open_original
+from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
@@ -41,7 +39,6 @@ PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
 OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def resolve_model_path(name: str) -> str:
@@ -208,7 +205,10 @@ def load_model(
         family = family_of(config)
         quantization_config = copy.deepcopy(quantization_config)
         quantization_config.llm_int8_skip_modules = [*(f"model.{name}" for name in (family.vision_tower, *family.projector)), "lm_head"]
-    original, settings = original_of(base), {"config": config, "dtype": dtype, "quantization_config": quantization_config, "output_loading_info": True}
+    settings = {"config": config, "dtype": dtype, "quantization_config": quantization_config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    original = original_of(base)
+    if original is None and Path(base).is_dir():
+        stored_tensors(Path(base))  # names the file that is missing or broken, and reads headers only
     try:
         if original is None:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
@@ -220,9 +220,28 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
     model, report = loaded
-    if report["missing_keys"]:
-        raise InputError(f"{path}: {len(report['missing_keys'])} weights are missing, {sorted(report['missing_keys'])[0]} among them")
+    _check_complete(path, model, report)
     return model
+
+
+def _check_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Holds what was loaded against the configuration; a tower may have more than is used of it (a head, layers behind the selected one).
+
+    Raises:
+        InputError: weights are missing, have another shape, or would be left out of the language model.
+    """
+    language_model = f"model.{family_of(model.config).language_model}.layers."
+    left_out = sorted(name for name in report["unexpected_keys"] if name.startswith(language_model) and not name.endswith("rotary_emb.inv_freq"))
+    contradiction = "config.json is of another model than the weights; fetch both once more"
+    if report["mismatched_keys"]:
+        name, stored, expected = sorted(report["mismatched_keys"])[0]
+        count = len(report["mismatched_keys"])
+        raise InputError(f"{path}: {name} is {list(stored)} in the file and {list(expected)} by config.json ({count} weights differ); {contradiction}")
+    if report["missing_keys"]:
+        name = sorted(report["missing_keys"])[0]
+        raise InputError(f"{path}: {len(report['missing_keys'])} weights that config.json asks for are missing, {name} among them; {contradiction}")
+    if left_out:
+        raise InputError(f"{path}: {len(left_out)} weights have no place in the model of config.json, {left_out[0]} among them; {contradiction}")
 
 
 def weights_fingerprint(path: str) -> str:
@@ -271,80 +290,3 @@ def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsA
         check_base(path)
         return PeftModel.from_pretrained(model, path).eval()
     return model.eval()
-
-
-def save_processing(processing: Processing, folder: Path) -> None:
-    """Writes tokenizer, image processor, processor and the chat template that was trained."""
-    tokenizer, processor = processing.tokenizer, processing.processor_settings()
-    tokenizer.chat_template = processing.template.jinja()
-    tokenizer.save_pretrained(folder)
-    # The image processor stands in preprocessor_config.json, where every version reads it; transformers 4 stops at a copy in processor_config.json
-    processing.image_processor.save_pretrained(folder)
-    _write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
-    _write_json(folder / PROMPT_FILE, processing.template.settings)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
-    if isinstance(extra, dict) and extra:
-        settings["extra_special_tokens"] = extra
-    elif extra:
-        settings["additional_special_tokens"] = extra
-    for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
-        settings.pop(name, None)
-    if isinstance(processing.template.style, SentencePieceStyle) and processing.template.style.begins_every_text:
-        settings["legacy"] = True  # transformers 5 leaves it out, and reads the folder as another tokenizer
-    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["processor_class"] = processor["processor_class"]
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a complete model in the layout of the hub ports, readable by older transformers and by serving tools.
-
-    Args:
-        weights: in place of the model's own, by the same names.
-    """
-    layout = family_of(model.config).layout
-    state = {hub_name(name, layout): tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
-    if model.config.tie_word_embeddings:  # of the whole, not of its language model: what transformers goes by
-        state.pop(hub_name("lm_head.weight", layout), None)
-    save_torch_state_dict(state, folder, max_shard_size="5GB")
-    model.generation_config.save_pretrained(folder)
-    save_config(model.config, type(model).__name__, folder)
-
-
-def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> None:
-    """Writes config.json, readable by older transformers."""
-    config.save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = settings["text_config"]
-    if "rope_parameters" in text:
-        rope = dict(text["rope_parameters"])
-        text["rope_theta"] = rope.pop("rope_theta")  # older versions read it here, and take 10000 without a word
-        text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
-    if "tie_word_embeddings" in settings:
-        text.setdefault("tie_word_embeddings", settings["tie_word_embeddings"])
-    settings.setdefault("architectures", [architecture])
-    _write_json(folder / "config.json", settings)
-
-
-def copy_beside(path: str, folder: Path) -> None:
-    """Copies what belongs to a base model beside its weights: licence and notice files, and what its authors' layout has more than the hub's."""
-    original = original_of(path)
-    source = Path(path) if original is None else original.folder
-    copy_files(source, folder, LICENCE_FILES)
-    if original is None:
-        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS, "video_preprocessor_config.json"))
-    else:
-        keep_aside(original, folder)
-
-
-def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
-    """Copies the files whose names match, if there are any."""
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            shutil.copy(file, folder / file.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from interlace.model.loading import base_of, check_base, copy_beside, load_config, load_model, load_processing, resolve_model_path, save_model, save_processing
+from interlace.model.loading import base_of, check_base, load_config, load_model, load_processing, resolve_model_path
+from interlace.model.saving import copy_beside, save_model, save_processing
 
 
 def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> None:

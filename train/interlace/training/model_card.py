@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from interlace.arguments import SCHEMA_PATH
-from interlace.model.loading import ADAPTER_CONFIG, LICENCE_FILES
+from interlace.model.loading import ADAPTER_CONFIG
+from interlace.model.saving import LICENCE_FILES
 
 # Arguments that say where something lies or how it is shown: of no interest to those who use the model
 _LOCAL = ("output_dir", "dataset", "model_name_or_path", "lora_path", "cache_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm")

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from interlace.arguments import Arguments
-from interlace.model.loading import LICENCE_FILES
+from interlace.model.saving import LICENCE_FILES
 
 # What makes the model; the run's records hold paths of the machine it was made on
 PUBLISHED = (

@@ -18,7 +18,8 @@ from interlace.data.reading import Kind
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
 from interlace.model.costs import StepCosts, step_costs
-from interlace.model.loading import Processing, copy_beside, resolve_model_path
+from interlace.model.loading import Processing, resolve_model_path
+from interlace.model.saving import copy_beside
 from interlace.model.tuning import TunedModel
 from interlace.redaction import without_secrets
 from interlace.training.caching import attach_feature_cache, memory_given_back

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from interlace.errors import InputError
 from interlace.model.families import family_of
 from interlace.model.layouts import hub_name
-from interlace.model.loading import BASE_FILE, Processing, save_model, save_processing
+from interlace.model.loading import BASE_FILE, Processing
+from interlace.model.saving import save_model, save_processing
 from interlace.model.tuning import TunedModel
 
 Weights = dict[str, torch.Tensor]

@@ -1,0 +1,97 @@
+"""Models, tokenizers and image processors: saving what everybody can read."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import PretrainedConfig, PreTrainedModel
+
+from interlace.data.vicuna import SentencePieceStyle
+from interlace.model.families import family_of
+from interlace.model.layouts import hub_name
+from interlace.model.loading import PROCESSOR_FILE, PROMPT_FILE, original_of
+from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, keep_aside
+from interlace.model.processing import Processing
+
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+def save_processing(processing: Processing, folder: Path) -> None:
+    """Writes tokenizer, image processor, processor and the chat template that was trained."""
+    tokenizer, processor = processing.tokenizer, processing.processor_settings()
+    tokenizer.chat_template = processing.template.jinja()
+    tokenizer.save_pretrained(folder)
+    # The image processor stands in preprocessor_config.json, where every version reads it; transformers 4 stops at a copy in processor_config.json
+    processing.image_processor.save_pretrained(folder)
+    _write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
+    _write_json(folder / PROMPT_FILE, processing.template.settings)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
+    if isinstance(extra, dict) and extra:
+        settings["extra_special_tokens"] = extra
+    elif extra:
+        settings["additional_special_tokens"] = extra
+    for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
+        settings.pop(name, None)
+    if isinstance(processing.template.style, SentencePieceStyle) and processing.template.style.begins_every_text:
+        settings["legacy"] = True  # transformers 5 leaves it out, and reads the folder as another tokenizer
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["processor_class"] = processor["processor_class"]
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a complete model in the layout of the hub ports, readable by older transformers and by serving tools.
+
+    Args:
+        weights: in place of the model's own, by the same names.
+    """
+    layout = family_of(model.config).layout
+    state = {hub_name(name, layout): tensor.contiguous() for name, tensor in (weights or model.state_dict()).items()}
+    if model.config.tie_word_embeddings:  # of the whole, not of its language model: what transformers goes by
+        state.pop(hub_name("lm_head.weight", layout), None)
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+    model.generation_config.save_pretrained(folder)
+    save_config(model.config, type(model).__name__, folder)
+
+
+def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> None:
+    """Writes config.json, readable by older transformers."""
+    config.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = settings["text_config"]
+    if "rope_parameters" in text:
+        rope = dict(text["rope_parameters"])
+        text["rope_theta"] = rope.pop("rope_theta")  # older versions read it here, and take 10000 without a word
+        text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
+    if "tie_word_embeddings" in settings:
+        text.setdefault("tie_word_embeddings", settings["tie_word_embeddings"])
+    settings.setdefault("architectures", [architecture])
+    _write_json(folder / "config.json", settings)
+
+
+def copy_beside(path: str, folder: Path) -> None:
+    """Copies what belongs to a base model beside its weights: licence and notice files, and what its authors' layout has more than the hub's."""
+    original = original_of(path)
+    source = Path(path) if original is None else original.folder
+    copy_files(source, folder, LICENCE_FILES)
+    if original is None:
+        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS, "video_preprocessor_config.json"))
+    else:
+        keep_aside(original, folder)
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copies the files whose names match, if there are any."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copy(file, folder / file.name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
