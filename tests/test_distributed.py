@@ -44,7 +44,7 @@ ALL_PARTS = "vision_tower,projector,language_model"
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "tower": {"tunable_parts": ALL_PARTS},
-    "lora": {"lora": True, "lora_rank": 4, "lora_alpha": 8},
+    "lora": {"lora": True, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 0.003},  # in small steps: an adapter that is awake multiplies what is rounding
 }
 # rows 0, 4, 8, .. have no image, row n has n % 4
 MIXES: Steps = [
