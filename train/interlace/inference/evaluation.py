@@ -15,6 +15,7 @@ from interlace.data.sample import Sample
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.inference.generation import Generator, Prompt
+from interlace.inference.interleave_bench import PUBLISHED
 from interlace.inference.metrics import score
 
 
@@ -106,4 +107,23 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     rows = [("overall", metrics["overall"])]
     rows += [(f"  {name}", value) for name, value in metrics["datasets"].items()]
     rows += [(f"  {name} image{'' if name == '1' else 's'}", value) for name, value in metrics["num_images"].items()]
-    return "\n".join(f"{name:24s} {value['score']:7.1%}  of {value['count']:,}" for name, value in rows)
+    lines = [f"{name:28s} {value['score']:7.1%}  of {value['count']:,}{_remarks(value)}" for name, value in rows]
+    return "\n".join(lines + _bench_table(metrics))
+
+
+def _remarks(value: dict[str, Any]) -> str:
+    lenient = f", {value['lenient']:.1%} by a lenient reading" if "lenient" in value else ""
+    return lenient + (f", {value['skipped']:,} without a reference left out" if "skipped" in value else "")
+
+
+def _bench_table(metrics: dict[str, Any]) -> list[str]:
+    """Categories of LLaVA-Interleave Bench beside what its authors published."""
+    if not metrics["categories"]:
+        return []
+    lines = ["", f"{'LLaVA-Interleave Bench':28s} {'here':>7s} {''.join(f'{size:>7s}' for size in PUBLISHED)}  (published, arXiv 2407.07895)"]
+    average = {"average": {"score": metrics["average"]}} if "average" in metrics else {}
+    for name, value in {**metrics["categories"], **average}.items():
+        published = "".join(f"{row[name]:7.1%}" if name in row else f"{'':7s}" for row in PUBLISHED.values())
+        missing = f"  without {', '.join(value['missing'])}" if "missing" in value else ""
+        lines.append(f"  {name:26s} {value['score']:7.1%} {published}{missing}".rstrip())
+    return lines
