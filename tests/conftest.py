@@ -1,11 +1,12 @@
 """Shared fixtures: the real Qwen tokenizer, a tiny random LLaVA, a small data set with images."""
 
+import itertools
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> LlavaConfig:
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
     )
+
+
+def fast_first(values: Iterable[Any], count: int, ids: Iterable[str] | None = None) -> list[Any]:
+    """Parameters of which the first `count` are for `make test` and the others, which prove the same of more cases, for `make test-slow`."""
+    names = itertools.repeat(None) if ids is None else ids
+    found = []
+    for number, (value, name) in enumerate(zip(values, names, strict=False)):
+        whole = value if isinstance(value, tuple) else (value,)
+        found.append(pytest.param(*whole, id=name, marks=pytest.mark.slow if number >= count else ()))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import fast_first
 from tests.test_media import bomb
 from tests.test_scripts import config_file, refused, run
 from tests.test_sources import add
@@ -158,15 +159,18 @@ def test_exactly_these_rows_are_left_out_and_listed_when_told_to(entries: list[d
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
-    [
-        ("cut.json", b'[{"conversations": [["q", "a"]]}, {"conv', "line 1"),
-        ("latin.json", '[{"conversations": [["é", "a"]]}]'.encode("latin-1"), "not UTF-8 at byte"),
-        ("wide.json", '[{"conversations": [["q", "a"]]}]'.encode("utf-16"), "UTF-16"),
-        ("empty.json", b"", "empty"),
-        ("object.json", b'{"rows": []}', "expected a list of records"),
-        ("rows.csv", b"a,b", "unknown kind of file"),
-        ("cut.parquet", b"PAR1xxxx", "no complete parquet"),
-    ],
+    fast_first(
+        [
+            ("cut.json", b'[{"conversations": [["q", "a"]]}, {"conv', "line 1"),
+            ("latin.json", '[{"conversations": [["é", "a"]]}]'.encode("latin-1"), "not UTF-8 at byte"),
+            ("wide.json", '[{"conversations": [["q", "a"]]}]'.encode("utf-16"), "UTF-16"),
+            ("empty.json", b"", "empty"),
+            ("object.json", b'{"rows": []}', "expected a list of records"),
+            ("rows.csv", b"a,b", "unknown kind of file"),
+            ("cut.parquet", b"PAR1xxxx", "no complete parquet"),
+        ],
+        2,
+    ),
 )
 def test_files_that_cannot_be_read_at_all_stop_every_run(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -179,6 +179,7 @@ def assert_equals_plain(case: dict[str, Any], results: Path, steps: Steps) -> Pl
     return plain
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path) -> None:
     """Frozen and trained tower, full and LoRA, accumulation with the image first and last; a tower that saw no image stands still, exactly."""

@@ -22,7 +22,7 @@ from interlace.model.loading import load_model, load_processing
 from interlace.model.tuning import tune
 from interlace.training import caching
 from interlace.training.supervised import finetune
-from tests.conftest import write_rows
+from tests.conftest import fast_first, write_rows
 from tests.test_families import make_model
 from tests.test_sharing import awkward_rows, read_rows
 from tests.test_training import history, losses
@@ -54,8 +54,7 @@ def run(make_arguments: Make, tmp_path: Path) -> Callable[..., tuple[list[float]
     return train
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["memory", "disk"])
+@pytest.mark.parametrize(("kind", "workers"), fast_first([("memory", 0), ("disk", 2), ("memory", 2), ("disk", 0)], 2))
 def test_from_the_second_epoch_on_the_tower_sees_nothing_and_losses_are_the_same(run: Any, memory: Path, kind: str, workers: int) -> None:
     expected, encoded = run(dataloader_num_workers=workers)
     found, seen = run(feature_cache=kind, dataloader_num_workers=workers)

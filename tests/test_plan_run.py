@@ -246,6 +246,7 @@ def test_plan_run_lists_bad_rows_and_says_that_training_would_refuse(tmp_path: P
     assert not (tmp_path / "config_fit.json").exists()
 
 
+@pytest.mark.slow
 def test_plan_run_writes_a_configuration_that_fits(tmp_path: Path) -> None:
     """It is accepted, and its own plan says that it fits."""
     write_rows(tmp_path, 60)

@@ -35,7 +35,7 @@ from interlace.preference_arguments import LOSS_TYPES
 from interlace.training import planning, preference
 from interlace.training.parts import load_tuned_model, row_reader, training_arguments
 from interlace.training.preference import finetune
-from tests.conftest import IMAGE_TOKENS, NEEDS_COMPILER, ROOT
+from tests.conftest import IMAGE_TOKENS, NEEDS_COMPILER, ROOT, fast_first
 from tests.test_distributed import engine_arguments
 from tests.test_equivalence import LORA, SETUPS, gradients, tuned_model
 from tests.test_training import history, weights
@@ -361,7 +361,7 @@ def test_the_reference_is_the_model_before_its_first_step(tiny_dir: Path, pairs_
     assert abs(entries[-1]["rewards/margins"]) > 0.01
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", fast_first(ENGINES, 2))
 def test_precomputed_equals_online(pairs_file: Path, make_arguments: Make, tmp_path: Path, engine: str) -> None:
     evaluation = {"dataset": {"train": [{"data_files": str(pairs_file)}], "eval": [{"data_files": str(pairs_file)}]}, "eval_strategy": "epoch"}
     # plain gradient descent in small steps: Adam's first ones are as large for what is rounding as for what is a gradient, and large ones multiply it

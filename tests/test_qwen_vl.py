@@ -28,7 +28,7 @@ from interlace.model.losses import supervised_loss
 from interlace.model.qwen_vl import QwenImages
 from interlace.model.tuning import tune
 from interlace.training.rehearsal import rehearse
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fast_first
 from tests.small_families import SIZES, collate, make_model, make_pictures, make_row
 from tests.test_more_families import EVERYTHING, run_arguments
 
@@ -141,7 +141,7 @@ def test_older_versions_find_the_sections_of_positions_where_they_look(folder: P
     assert AutoConfig.from_pretrained(folder).text_config.rope_parameters == text["rope_parameters"]
 
 
-@pytest.mark.parametrize("script", ["plan_run", "preview_data"])
+@pytest.mark.parametrize("script", fast_first(["plan_run", "preview_data"], 1))
 def test_the_other_scripts_know_the_family(folder: Path, pictures: Path, tmp_path: Path, make_arguments: Callable[..., dict[str, Any]], script: str) -> None:
     data = run_arguments(folder, pictures, tmp_path, make_arguments)["dataset"]
     config = {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "run"), "dataset": data, "lora": True, "use_cpu": True}
@@ -157,6 +157,7 @@ def test_the_other_scripts_know_the_family(folder: Path, pictures: Path, tmp_pat
         assert lines[1]["input_ids"].count(processing.config.image_token_id) == processing.row_image_tokens([SIZES["wide"]])[0] - 2
 
 
+@pytest.mark.slow
 def test_sharded_processes_train_as_one_does(pictures: Path, tmp_path: Path, make_arguments: Callable[..., dict[str, Any]]) -> None:
     """Whose tower learns, with its merger called on its own and text-only micro-batches among the others: FSDP2 hangs where ranks call other modules."""
     folder = make_model("qwen3_vl", tmp_path)

@@ -13,7 +13,7 @@ from interlace.data.sample import media_of
 from interlace.inference.chat import Dialogue, run_terminal
 from interlace.inference.generation import load_generator
 from interlace.inference.metrics import exact_match, score
-from tests.conftest import DEMO_MODEL, ROOT, write_rows
+from tests.conftest import DEMO_MODEL, ROOT, fast_first, write_rows
 
 
 def run(script: str, *words: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,12 +59,15 @@ def test_preview_gives_ids_labels_and_status_of_every_row(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [
-        ('[{"conversations": [["q", "a"]]},\n{"conversations"', "line 2"),
-        ("", "empty"),
-        ('[{"image": "gone.png", "conversations": [["<image>q", "a"]]}, {"conversations": [["<image>q", "a"]]}]', "row 1: placeholder_mismatch"),
-        ('[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": false}]}]', "row 0: nothing_supervised"),
-    ],
+    fast_first(
+        [
+            ('[{"conversations": [["q", "a"]]},\n{"conversations"', "line 2"),
+            ("", "empty"),
+            ('[{"image": "gone.png", "conversations": [["<image>q", "a"]]}, {"conversations": [["<image>q", "a"]]}]', "row 1: placeholder_mismatch"),
+            ('[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": false}]}]', "row 0: nothing_supervised"),
+        ],
+        1,
+    ),
 )
 def test_bad_data_ends_with_two_and_one_message(tmp_path: Path, rows: str, expected: str) -> None:
     (tmp_path / "rows.json").write_text(rows)
