@@ -67,7 +67,7 @@ def test_attention_without_a_place_for_its_own_head_size_and_dropout() -> None:
     assert (run(model, ROWS)[0] - whole[0]).norm() > 1e-2 * whole[0].norm()
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["granite", "smollm3", "gemma2", "phi3", "gpt2"])
 def test_other_blocks_stay_whole(kind: str) -> None:
     config = CONFIG_MAPPING[kind](**SIZES, pad_token_id=0) if kind != "gpt2" else CONFIG_MAPPING[kind](n_embd=32, n_layer=1, n_head=4)
     model = AutoModel.from_config(config)

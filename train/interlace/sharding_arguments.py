@@ -97,7 +97,7 @@ def slices_weights(arguments: Mapping[str, Any]) -> bool:
     """Whether each process keeps slices of the weights (FSDP, ZeRO's stage 3), for keys that `sharding_problems` accepts."""
     if not arguments["deepspeed"]:
         return bool(arguments["fsdp"])
-    config = json.loads(deepspeed_path(arguments["deepspeed"]).read_text())
+    config = json.loads(deepspeed_path(arguments["deepspeed"]).read_text(encoding="utf-8-sig"))
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     return isinstance(zero, dict) and zero.get("stage") == 3
 

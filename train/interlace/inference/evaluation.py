@@ -121,9 +121,10 @@ def _bench_table(metrics: dict[str, Any]) -> list[str]:
     if not metrics["categories"]:
         return []
     lines = ["", f"{'LLaVA-Interleave Bench':28s} {'here':>7s} {''.join(f'{size:>7s}' for size in PUBLISHED)}  (published, arXiv 2407.07895)"]
-    average = {"average": {"score": metrics["average"]}} if "average" in metrics else {}
-    for name, value in {**metrics["categories"], **average}.items():
+    here = {name: f"{value['score']:.1%}" for name, value in metrics["categories"].items()}
+    here |= {"mean of all nine": f"{metrics['average']:.1%}"} if "average" in metrics else {}
+    for name, figure in {**here, "in_domain_average": ""}.items():
         published = "".join(f"{row[name]:7.1%}" if name in row else f"{'':7s}" for row in PUBLISHED.values())
-        missing = f"  without {', '.join(value['missing'])}" if "missing" in value else ""
-        lines.append(f"  {name:26s} {value['score']:7.1%} {published}{missing}".rstrip())
+        missing = metrics["categories"].get(name, {}).get("missing", ())
+        lines.append(f"  {name:26s} {figure:>7s} {published}{'  without ' * bool(missing)}{', '.join(missing)}".rstrip())
     return lines

@@ -48,12 +48,16 @@ def _grouped(predictions: Sequence[Prediction], key: Callable[[Prediction], str]
     return {name: _scored(rows) for name, rows in sorted(groups.items())}
 
 
+def _rule(question_type: Any) -> tuple[str, Rule]:
+    return RULES.get(question_type if isinstance(question_type, str) else None, RULES[None])
+
+
 def _scored(rows: Sequence[Prediction]) -> dict[str, Any]:
     """Score, metric and count of some rows."""
-    kinds = [row["metadata"].get("question_type") for row in rows]
-    found = [RULES.get(kind, RULES[None])[1](row["prediction"], row["reference"]) for kind, row in zip(kinds, rows, strict=True)]
+    rules = [_rule(row["metadata"].get("question_type")) for row in rows]
+    found = [rule(row["prediction"], row["reference"]) for (_, rule), row in zip(rules, rows, strict=True)]
     counted = [value for value in found if value is not None]
-    names = sorted({RULES.get(kind, RULES[None])[0] for kind in kinds})
+    names = sorted({name for name, _ in rules})
     scored: dict[str, Any] = {"score": sum(counted) / max(len(counted), 1), "metric": ", ".join(names), "count": len(counted)}
     if len(counted) < len(rows):
         scored["skipped"] = len(rows) - len(counted)

@@ -83,10 +83,12 @@ class TiledScores(torch.autograd.Function):
             probabilities = (logits.sub(total[:, None]) if with_statistics else logits.sub_(total[:, None])).exp_()
             if with_statistics:
                 statistics[:, tile] = _statistics(logits, total, probabilities)
+            del logits  # one tile's worth at a time
             if directions is not None:
                 torch.mm(_slope(probabilities, targets[tile]).to(weight.dtype), weight, out=directions[tile])
             elif keeps:
                 kept = [_slope(probabilities, targets[tile]).to(weight.dtype)]
+            del probabilities
         ctx.mark_non_differentiable(is_top1, statistics)
         ctx.save_for_backward(*([directions] if directions is not None else [hidden, weight, bias, targets, *kept]))
         ctx.has_directions = directions is not None

@@ -5,7 +5,6 @@ Nothing behind that layer reads the other rows, so scores and gradients are thos
 
 import sys
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,23 +13,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from interlace.model.attention import Forest
 
-BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# Pre-norm blocks without more arithmetic than `_block` does: others of the same parts multiply residuals, clip, drop or leave rotations out
+BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+BLOCKS |= {"Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen3VLTextDecoderLayer"}
 ALL_TOKENS = {"k_proj", "v_proj"}  # the linear layers that every token still passes
 
 
 def can_trim(layer: nn.Module) -> bool:
-    """Whether a decoder layer is the pre-norm block of Llama and its kin (Mistral, Qwen2, Qwen3), which `trim` knows."""
-    parts = dict(layer.named_children())
-    return parts.keys() == BLOCK and {name for name, _ in parts["self_attn"].named_children()} - {"q_norm", "k_norm", "rotary_emb"} == ATTENTION
+    """Whether a decoder layer is one of those that `trim` knows."""
+    return type(layer).__name__ in BLOCKS
 
 
 def trim(layer: nn.Module) -> None:
     """Makes a layer give only the rows that its `Forest` names, where that names any; else it stays what it was.
 
-    The method is the layer's own, so that engines that gather weights around a layer, activation checkpointing and copies of the model find it in its place.
+    It is the layer's own, so that engines that gather weights around a layer, activation checkpointing and copies of the model find it in its place.
     """
-    layer.forward = MethodType(_forward, layer)
+    layer.forward = partial(_forward, layer)
 
 
 def _forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

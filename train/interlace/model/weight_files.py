@@ -20,7 +20,8 @@ from interlace.errors import InputError
 
 SHARD_BYTES = 1 << 30  # of the files we write; what is held in memory at a time
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
-_SAFETENSORS |= {"U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+_SAFETENSORS |= {"U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool, "I16": torch.int16, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+_SAFETENSORS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _PADDLE = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "uint16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
 PADDLE_FILE = "model_state.pdparams"
 
@@ -59,10 +60,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     for pattern, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _torch_file)):
         index = folder / f"{pattern}.index.json"
+        if (folder / pattern).is_file():  # as transformers looks: an index beside it is of an older model
+            return _read(folder / pattern, read)
         if index.is_file():
             return _from_index(index, read)
-        if (folder / pattern).is_file():
-            return _read(folder / pattern, read)
     if (folder / PADDLE_FILE).is_file():
         return _read(folder / PADDLE_FILE, _paddle_file)
     raise InputError(f"{folder}: no weights in this folder; expected model.safetensors, pytorch_model.bin (or an index of either) or {PADDLE_FILE}")
@@ -109,6 +110,8 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
 
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if unknown := {part.get_dtype() for part in slices.values()} - set(_SAFETENSORS):
+            raise InputError(f"{path}: tensors of a type that is not known: {', '.join(sorted(unknown))}")
         return {
             name: StoredTensor(tuple(part.get_shape()), _SAFETENSORS[part.get_dtype()], partial(load, name), partial(first, name) if part.get_shape() else None)
             for name, part in slices.items()
