@@ -1,7 +1,7 @@
 """The packed forward pass against separate sequences, plain Hugging Face, naive masks: tiny model, float32 on the CPU."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ def assert_same_gradients(first: dict[str, torch.Tensor], second: dict[str, torc
     assert first
     for name, gradient in first.items():
         torch.testing.assert_close(second[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_packing_and_checkpointing_change_nothing(
+    tuned: TunedModel, together: PackedBatch, alone: Sequence[PackedBatch], assert_same: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
+) -> None:
+    """Loss and gradients of some rows in one batch are those of the rows one by one, and of the batch with activations recomputed."""
+    packed, separate = backward(tuned, [together]), backward(tuned, alone)
+    tuned.packed.train()
+    tuned.packed.activation_checkpointing_enable({"use_reentrant": False})
+    tuned.packed.checkpoint_tower()
+    for loss, found in (separate, backward(tuned, [together])):
+        assert loss == pytest.approx(packed[0], rel=1e-5)
+        assert_same(packed[1], found)
 
 
 LORA = Lora(4, 8, 0.0, None)

@@ -24,7 +24,7 @@ from interlace.model.tuning import Lora, TunedModel, lora_targets, tune
 from interlace.training.supervised import finetune
 from interlace.training.weights import copy_of_weights, load_weights, save_weights
 from tests.small_families import ROWS, SMALL, collate, library_ids, library_inputs, library_log_probs, make_model, make_pictures, make_row, opened
-from tests.test_equivalence import backward, score
+from tests.test_equivalence import assert_packing_and_checkpointing_change_nothing, backward, score
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 EVERYTHING = ("vision_tower", "projector", "language_model")
@@ -129,14 +129,8 @@ def test_packed_log_probs_and_gradients_equal_the_library_on_separate_rows(folde
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_packed_equals_separate_and_checkpointing_changes_nothing(folder: Path, rows: list[Row], setup: str) -> None:
     tuned = tuned_model(folder, **SETUPS[setup])
-    packed = backward(tuned, [collate(folder, rows)])
-    separate = backward(tuned, [collate(folder, [row]) for row in rows])
-    tuned.packed.train()
-    tuned.packed.activation_checkpointing_enable({"use_reentrant": False})
-    tuned.packed.checkpoint_tower()
-    for loss, found in (separate, backward(tuned, [collate(folder, rows)])):
-        assert loss == pytest.approx(packed[0], rel=1e-5)
-        assert_same_gradients(packed[1], found)
+    together, alone = collate(folder, rows), [collate(folder, [row]) for row in rows]
+    assert_packing_and_checkpointing_change_nothing(tuned, together, alone, assert_same_gradients)
 
 
 @pytest.mark.parametrize("setup", ["full", "with tower"])

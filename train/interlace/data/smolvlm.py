@@ -3,35 +3,30 @@
 from collections.abc import Sequence
 
 from interlace.data.sample import Image, Turn
-from interlace.data.styles import MarkedStyle, Piece, TextIds, parts_ids, trim_answer
+from interlace.data.styles import ANSWER, BODY, PARTS, MarkedStyle, Piece, TextIds, parts_ids, trim_answer
 
-_SMOLVLM = """
+_SMOLVLM = (
+    """
 {{- '<|im_start|>' -}}
 {%- if messages[0]['role'] != 'system' and default_system_prompt -%}
 {{- 'System: ' + default_system_prompt + '<end_of_utterance>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
-{%- else -%}
-{%- set parts = message['content'] -%}
-{%- endif -%}
-{{- message['role']|capitalize + ':' -}}
+"""
+    + PARTS
+    + """{{- message['role']|capitalize + ':' -}}
 {%- if message['role'] == 'assistant' -%}
-{%- set answer = namespace(text='') -%}
-{%- for part in parts -%}{%- set answer.text = answer.text + part['text'] -%}{%- endfor -%}
-{%- set bare = answer.text.lstrip() -%}
-{%- set lead = answer.text[:answer.text|length - bare|length] -%}
-{% generation %}
+"""
+    + ANSWER
+    + """{% generation %}
 {{- ' ' + (bare if '\\n' in lead or '\\r' in lead else answer.text) -}}
 {{- '<end_of_utterance>' -}}
 {% endgeneration %}
 {%- else -%}
 {{- '' if parts and parts[0]['type'] in ['image', 'image_url'] else ' ' -}}
-{%- for part in parts -%}
-{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
-{%- endfor -%}
-{{- '<end_of_utterance>' -}}
+"""
+    + BODY
+    + """{{- '<end_of_utterance>' -}}
 {%- endif -%}
 {{- '\\n' -}}
 {%- endfor -%}
@@ -39,6 +34,7 @@ _SMOLVLM = """
 {{- 'Assistant:' -}}
 {%- endif -%}
 """
+)
 
 
 class SmolVLM(MarkedStyle):

@@ -117,31 +117,44 @@ class MarkedStyle(Style):
         return head + "".join(self.template.strip().split("\n"))
 
 
-_CHATML = """
+# Pieces of Jinja that the styles' templates share: a message's content as `parts`; an answer's text as `answer.text`, without leading white space as `bare`,
+# which is written where `lead`, the white space, breaks a line (see `trim_answer`); a body of text and images
+PARTS = """{%- if message['content'] is string -%}
+{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
+{%- else -%}
+{%- set parts = message['content'] -%}
+{%- endif -%}
+"""
+ANSWER = """{%- set answer = namespace(text='') -%}
+{%- for part in parts -%}{%- set answer.text = answer.text + part['text'] -%}{%- endfor -%}
+{%- set bare = answer.text.lstrip() -%}
+{%- set lead = answer.text[:answer.text|length - bare|length] -%}
+"""
+BODY = """{%- for part in parts -%}
+{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
+{%- endfor -%}
+"""
+
+_CHATML = (
+    """
 {%- if messages[0]['role'] != 'system' and default_system_prompt -%}
 {{- '<|im_start|>system\\n' + default_system_prompt + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
-{%- else -%}
-{%- set parts = message['content'] -%}
-{%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set answer = namespace(text='') -%}
-{%- for part in parts -%}{%- set answer.text = answer.text + part['text'] -%}{%- endfor -%}
-{%- set bare = answer.text.lstrip() -%}
-{%- set lead = answer.text[:answer.text|length - bare|length] -%}
-{% generation %}
+"""
+    + PARTS
+    + """{%- if message['role'] == 'assistant' -%}
+"""
+    + ANSWER
+    + """{% generation %}
 {{- bare if '\\n' in lead or '\\r' in lead else answer.text -}}
 {{- '<|im_end|>' -}}
 {% endgeneration %}
 {%- else -%}
-{%- for part in parts -%}
-{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
-{%- endfor -%}
-{{- '<|im_end|>' -}}
+"""
+    + BODY
+    + """{{- '<|im_end|>' -}}
 {%- endif -%}
 {{- '\\n' -}}
 {%- endfor -%}
@@ -149,6 +162,7 @@ _CHATML = """
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+)
 
 
 class ChatML(MarkedStyle):

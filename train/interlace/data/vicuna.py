@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import BadRow, Image, Turn
-from interlace.data.styles import Piece, Style, TextIds, parts_ids, quoted
+from interlace.data.styles import BODY, PARTS, Piece, Style, TextIds, parts_ids, quoted
 
 
 class SentencePieceStyle(Style):
@@ -132,33 +132,31 @@ class Plain(SentencePieceStyle):
         return f"{{%- set image_token = {quoted(image_token)} -%}}" + "".join(_PLAIN.strip().split("\n"))
 
 
-_VICUNA = """
+_VICUNA = (
+    """
 {%- if messages[0]['role'] != 'system' and default_system_prompt -%}
 {{- default_system_prompt + ' ' -}}
 {%- endif -%}
 {%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
-{%- else -%}
-{%- set parts = message['content'] -%}
-{%- endif -%}
-{{- {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT:'}[message['role']] -}}
+"""
+    + PARTS
+    + """{{- {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT:'}[message['role']] -}}
 {%- if message['role'] == 'assistant' -%}
 {% generation %}
 {%- for part in parts -%}{{- ' ' + part['text'] if part['text'] else '' -}}{%- endfor -%}
 {{- eos_token -}}
 {% endgeneration %}
 {%- else -%}
-{%- for part in parts -%}
-{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
-{%- endfor -%}
-{{- ' ' -}}
+"""
+    + BODY
+    + """{{- ' ' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- 'ASSISTANT:' -}}
 {%- endif -%}
 """
+)
 
 _PLAIN = """
 {%- for message in messages -%}

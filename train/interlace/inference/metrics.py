@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from interlace.inference.interleave_bench import CATEGORIES, choice_accuracy, lenient_choice_accuracy, rouge_l
@@ -23,47 +24,60 @@ RULES: Mapping[str | None, tuple[str, Rule]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A row with its metric's name and its score: None where the rule leaves it out; `lenient` of a multiple choice."""
+
+    metadata: Mapping[str, Any]
+    metric: str
+    score: float | None
+    lenient: float | None
+
+
 def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The contents of `metrics.json`: overall, per data set (`metadata.dataset`), per category of LLaVA-Interleave Bench and per number of images.
 
     Scores are means in 0..1; `overall` weighs every row the same, a category and `average` every data set and category. Rows that a rule leaves out are
     counted as `skipped`.
     """
-    datasets = _grouped(predictions, lambda row: str(row["metadata"].get("dataset", "all")))
+    rows = [_scored(row) for row in predictions]
+    datasets = _grouped(rows, lambda row: str(row.metadata.get("dataset", "all")))
     categories = _categories(datasets)
     complete = {"average": sum(value["score"] for value in categories.values()) / len(CATEGORIES)} if _is_complete(categories) else {}
     return {
-        "overall": next(iter(_grouped(predictions, lambda row: "overall").values())),
+        "overall": _summary(rows),
         "datasets": datasets,
         "categories": categories,
         **complete,
-        "num_images": _grouped(predictions, lambda row: str(row["metadata"].get("num_images", "unknown"))),
+        "num_images": _grouped(rows, lambda row: str(row.metadata.get("num_images", "unknown"))),
     }
 
 
-def _grouped(predictions: Sequence[Prediction], key: Callable[[Prediction], str]) -> dict[str, dict[str, Any]]:
+def _scored(row: Prediction) -> _Scored:
+    kind = row["metadata"].get("question_type")
+    metric, rule = RULES.get(kind if isinstance(kind, str) else None, RULES[None])
+    texts = row["prediction"], row["reference"]
+    return _Scored(row["metadata"], metric, rule(*texts), lenient_choice_accuracy(*texts) if rule is choice_accuracy else None)
+
+
+def _grouped(rows: Sequence[_Scored], key: Callable[[_Scored], str]) -> dict[str, dict[str, Any]]:
     groups = defaultdict(list)
-    for row in predictions:
+    for row in rows:
         groups[key(row)].append(row)
-    return {name: _scored(rows) for name, rows in sorted(groups.items())}
+    return {name: _summary(members) for name, members in sorted(groups.items())}
 
 
-def _rule(question_type: Any) -> tuple[str, Rule]:
-    return RULES.get(question_type if isinstance(question_type, str) else None, RULES[None])
-
-
-def _scored(rows: Sequence[Prediction]) -> dict[str, Any]:
+def _summary(rows: Sequence[_Scored]) -> dict[str, Any]:
     """Score, metric and count of some rows."""
-    rules = [_rule(row["metadata"].get("question_type")) for row in rows]
-    found = [rule(row["prediction"], row["reference"]) for (_, rule), row in zip(rules, rows, strict=True)]
-    counted = [value for value in found if value is not None]
-    names = sorted({name for name, _ in rules})
-    scored: dict[str, Any] = {"score": sum(counted) / max(len(counted), 1), "metric": ", ".join(names), "count": len(counted)}
+    counted = [row.score for row in rows if row.score is not None]
+    lenient = [row.lenient for row in rows if row.lenient is not None]
+    metrics = sorted({row.metric for row in rows})
+    found: dict[str, Any] = {"score": sum(counted) / max(len(counted), 1), "metric": ", ".join(metrics), "count": len(counted)}
     if len(counted) < len(rows):
-        scored["skipped"] = len(rows) - len(counted)
-    if names == ["choice_accuracy"]:
-        scored["lenient"] = sum(lenient_choice_accuracy(row["prediction"], row["reference"]) for row in rows) / len(rows)
-    return scored
+        found["skipped"] = len(rows) - len(counted)
+    if len(lenient) == len(rows):
+        found["lenient"] = sum(lenient) / len(rows)
+    return found
 
 
 def _categories(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -208,7 +208,7 @@ def load_model(
     settings = {"config": config, "dtype": dtype, "quantization_config": quantization_config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     original = original_of(base)
     if original is None and Path(base).is_dir():
-        stored_tensors(Path(base))  # names the file that is missing or broken, and reads headers only
+        stored_tensors(Path(base))  # names the file that is missing or broken; of safetensors it reads headers
     try:
         if original is None:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=trust_remote_code, **settings)
