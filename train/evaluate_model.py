@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from interlace.arguments import did_you_mean
 from interlace.errors import InputError, run_script
+from interlace.inference.metrics import METRICS
 
 
 def main() -> None:
@@ -13,7 +15,12 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "validation", "test"), help="which set of the demo, with --data-files demo")
     parser.add_argument("--image-folder", metavar="D", help="where image paths start; default: the data file's folder")
     parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl and metrics.json")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these predictions; needs no model")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="score these predictions; needs no model. With --data-files, references come from there"
+    )
+    parser.add_argument(
+        "--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {', '.join(METRICS)}; default: exact_match"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--max-length", type=int, default=32768, help="longest question with its answer, in tokens")
@@ -21,24 +28,31 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
+    if options.metric not in (None, *METRICS):
+        raise InputError(f"--metric: no metric {options.metric!r}{did_you_mean(options.metric, METRICS)}; expected one of {', '.join(METRICS)}")
     if options.batch_size < 1 or options.max_new_tokens < 1:
         raise InputError("--batch-size and --max-new-tokens: expected at least 1")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise InputError(f"{options.output_dir} is a file; expected a folder")
     if options.predictions is None and not (options.model_path and options.data_files):
         raise InputError("expected --model-path and --data-files, or --predictions FILE")
-    from interlace.inference.evaluation import metrics_table, predict, read_predictions, read_questions, write_scores
+    from interlace.inference.evaluation import check_metrics, metrics_table, predict, read_predictions, read_questions, write_scores
     from interlace.inference.generation import load_generator
+    from interlace.inference.references import read_expected, with_references
 
-    if options.predictions is not None:
-        predictions = read_predictions(options.predictions)
-    else:
-        files = "demo" if options.data_files == ["demo"] else options.data_files
-        entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
+    files = "demo" if options.data_files == ["demo"] else options.data_files
+    entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
+    if options.predictions is None:
         generator = load_generator(options.model_path, options.dtype, options.load_in_4bit)
         questions = read_questions(entry, generator, options.max_length, options.max_image_pixels)
+        check_metrics(questions, options.metric)
         predictions = predict(generator, questions, options.batch_size, options.max_new_tokens)
-    print(metrics_table(write_scores(options.output_dir, predictions)))
+    else:
+        predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
+        if files:
+            predictions, others = with_references(predictions, read_expected(entry), options.metric)
+            print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
+    print(metrics_table(write_scores(options.output_dir, predictions, options.metric)))
     print(f"\n{options.output_dir / 'predictions.jsonl'}\n{options.output_dir / 'metrics.json'}")
 
 

@@ -59,6 +59,28 @@ def wanted_kind(sources: Sequence[Source]) -> Kind:
     return "supervised"
 
 
+def parse(record: Record, wanted: Kind = "supervised") -> tuple[str, Sample | PreferencePair, Mapping[str, Place | bytes]]:
+    """A record's format and why, its sample, and the files of its archive; opens none of them.
+
+    Raises:
+        BadRow: no record of a known format, or of the other kind.
+    """
+    value, members = record.value, {}
+    if isinstance(value, ArchiveRow):
+        value, members = value.value, value.members
+    if isinstance(value, BadRow):
+        raise value
+    if not isinstance(value, dict):
+        raise BadRow("not_an_object", f"expected an object, got {type(value).__name__}")
+    kind, why = (record.source.format, "as the entry says") if record.source.format else recognise(value)
+    sample = FORMATS[kind](value)
+    if wanted == "supervised" and isinstance(sample, PreferencePair):
+        raise BadRow("preference_row", "a chosen and a rejected answer: train such rows with preference_finetune.py")
+    if wanted == "preference" and isinstance(sample, Sample):
+        raise BadRow("no_preference_row", "one answer where a chosen and a rejected one are needed: train such rows with supervised_finetune.py")
+    return f"{kind} ({why})", sample, members
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """An admitted row. `image_tokens` counts the tokens of each of its images (video frames included); `length` is in expanded tokens.
@@ -170,7 +192,7 @@ class RowReader:
         """The outcome of one record."""
         kind, sample = "", None
         try:
-            kind, sample, members = self._parse(record)
+            kind, sample, members = parse(record, self.kind)
             finder = Finder(record.source.image_roots, record.source.video_roots, self.kept, members)
             visuals = [self._visual(item, finder, headers) for item in media_of(_turns_of(sample))]
             encoded, places, tokens, fewer = self._encode(sample, visuals, headers)
@@ -184,22 +206,6 @@ class RowReader:
         detail = "; ".join(text for text in (sample.note, fewer, shortened) if text)
         entry = Entry(record.file, record.index, "shortened", reason, detail) if reason else None
         return Outcome(record, kind, sample, row, entry, dropped, (*(visual.folder for visual in visuals if visual.folder), *finder.followed))
-
-    def _parse(self, record: Record) -> tuple[str, Sample | PreferencePair, Mapping[str, Place | bytes]]:
-        value, members = record.value, {}
-        if isinstance(value, ArchiveRow):
-            value, members = value.value, value.members
-        if isinstance(value, BadRow):
-            raise value
-        if not isinstance(value, dict):
-            raise BadRow("not_an_object", f"expected an object, got {type(value).__name__}")
-        kind, why = (record.source.format, "as the entry says") if record.source.format else recognise(value)
-        sample = FORMATS[kind](value)
-        if self.kind == "supervised" and isinstance(sample, PreferencePair):
-            raise BadRow("preference_row", "a chosen and a rejected answer: train such rows with preference_finetune.py")
-        if self.kind == "preference" and isinstance(sample, Sample):
-            raise BadRow("no_preference_row", "one answer where a chosen and a rejected one are needed: train such rows with supervised_finetune.py")
-        return f"{kind} ({why})", sample, members
 
     def _visual(self, item: Image | Video, finder: Finder, headers: Headers) -> "_Visual":
         """An image or a video with its sizes and all the frames that may be chosen from."""

@@ -1,6 +1,7 @@
 """Predictions for data with references, and their scores."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.inference.generation import Generator, Prompt
 from interlace.inference.interleave_bench import PUBLISHED
-from interlace.inference.metrics import score
+from interlace.inference.metrics import check_rows, score
+from interlace.inference.references import few, told_apart
 
 
 def read_questions(entry: dict[str, Any], generator: Generator, max_length: int, max_image_pixels: int) -> list[Outcome]:
@@ -65,41 +67,68 @@ def predict(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, 
     return predictions
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Reads `predictions.jsonl`.
+def check_metrics(outcomes: Sequence[Outcome], metric: str | None) -> None:
+    """Whether the rows can be scored, before hours go into their answers; see `check_rows`.
 
     Raises:
-        InputError: missing, broken, or without the four keys.
+        InputError: what keeps them from it.
+    """
+    samples = [(outcome.record, outcome.sample) for outcome in outcomes]
+    check_rows(((f"{record.file}: row {record.index}", sample.metadata) for record, sample in samples if sample is not None), metric)
+
+
+def read_predictions(path: Path, metric: str | None = None, needs_reference: bool = True) -> list[dict[str, Any]]:
+    """Reads `predictions.jsonl`; with `needs_reference` false, id and prediction are enough.
+
+    Raises:
+        InputError: missing, broken, without its keys, an id that comes twice, or rows that cannot be scored.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number}: {error.msg}") from None
-        texts = [row.get(name) for name in ("prediction", "reference")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or "id" not in row or not isinstance(row.get("metadata"), dict):
-            raise InputError(f"{path}: line {number}: expected id, prediction (text), reference (text) and metadata (object)")
-        rows.append(row)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    rows = [(f"{path}: line {number}", _prediction(line, f"{path}: line {number}", needs_reference)) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InputError(f"{path}: no predictions")
-    return rows
+    repeated = [name for name, count in Counter(str(row["id"]) for _, row in rows).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path}: {few(repeated, 'id')} more than once; expected one prediction for each row")
+    check_rows(((where, row["metadata"]) for where, row in rows), metric)
+    return [row for _, row in rows]
 
 
-def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Writes `predictions.jsonl` and `metrics.json`; returns the metrics."""
+def _prediction(line: str, where: str, needs_reference: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: no valid JSON: {error}") from None
+    if isinstance(row, dict) and not needs_reference:
+        row.setdefault("metadata", {})
+    texts = [row.get(name) for name in ("prediction", *(["reference"] if needs_reference else []))] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(row.get("id"), (str, int)) or not isinstance(row.get("metadata"), dict):
+        raise InputError(f"{where}: expected id, prediction (text), reference (text; or --data-files, which has them) and metadata (object)")
+    return row
+
+
+def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]], metric: str | None = None) -> dict[str, Any]:
+    """Writes `predictions.jsonl`, with ids that are told apart and the metric that was asked for, and `metrics.json`; returns the metrics."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in predictions]
-    (output_dir / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    metrics = score(predictions)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    names = told_apart([str(row["id"]) for row in predictions])
+    asked = {"default_metric": metric} if metric else {}
+    rows = [{**row, "id": name, "metadata": {**row["metadata"], **asked}} for row, name in zip(predictions, names, strict=True)]
+    _write(output_dir / "predictions.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    metrics = score(rows)
+    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
     return metrics
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all; halves of characters, which UTF-8 cannot write, as JSON's escapes."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
+    scratch.replace(path)
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
@@ -107,13 +136,17 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     rows = [("overall", metrics["overall"])]
     rows += [(f"  {name}", value) for name, value in metrics["datasets"].items()]
     rows += [(f"  {name} image{'' if name == '1' else 's'}", value) for name, value in metrics["num_images"].items()]
+    for group, words in (("sources", "source"), ("tasks", "task"), ("decisive_image", "decisive image"), ("by_metric", "metric")):
+        rows += [(f"  {words} {name}", value) for name, value in metrics.get(group, {}).items()]
     lines = [f"{name:28s} {value['score']:7.1%}  of {value['count']:,}{_remarks(value)}" for name, value in rows]
     return "\n".join(lines + _bench_table(metrics))
 
 
 def _remarks(value: dict[str, Any]) -> str:
-    lenient = f", {value['lenient']:.1%} by a lenient reading" if "lenient" in value else ""
-    return lenient + (f", {value['skipped']:,} without a reference left out" if "skipped" in value else "")
+    words = [f", {value['lenient']:.1%} by a lenient reading" if "lenient" in value else ""]
+    words += [f", {value['accuracy_at_0.5']:.1%} with an IoU of 0.5" if "accuracy_at_0.5" in value else ""]
+    words += [f", {value['skipped']:,} without a reference left out" if "skipped" in value else "", f"  ({value['metric']})"]
+    return "".join(words)
 
 
 def _bench_table(metrics: dict[str, Any]) -> list[str]:

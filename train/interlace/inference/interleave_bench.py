@@ -30,17 +30,21 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 _rouge = Rouge(metrics=["rouge-l"])
 
 
-def normalised(text: str) -> str:
-    """A prediction or reference as both are compared, for either kind of question.
+def without_punctuation(text: str) -> str:
+    """As VQA's official evaluation leaves punctuation out, which these rules took over.
 
     A punctuation mark goes if it touches a space anywhere in the text, or if the text has a comma between digits; else a space takes its place. Periods go,
     the first 32 that stand before no digit.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
     found, has_thousands = text, re.search(r"\d,\d", text) is not None
     for mark in _PUNCTUATION:
         found = found.replace(mark, "" if has_thousands or mark + " " in text or " " + mark in text else " ")
-    found = re.sub(r"\.(?!\d)", "", found, count=32)
+    return re.sub(r"\.(?!\d)", "", found, count=32)
+
+
+def normalised(text: str) -> str:
+    """A prediction or reference as both are compared, for either kind of question."""
+    found = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     return found.strip("'").strip('"').strip(")").strip("(").strip().lower()
 
 

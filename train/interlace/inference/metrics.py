@@ -1,83 +1,165 @@
-"""Scores of predictions against references."""
+"""Scores of predictions against references: which metric scores a row, and what is told of which rows."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from interlace.errors import InputError
+from interlace.inference.answer_metrics import Rule, anls, best_of, exact_match, relaxed_accuracy, vqa_accuracy
+from interlace.inference.boxes import box_accuracy, mean_iou
+from interlace.inference.caption_metrics import CorpusMetric, bleu, cider
 from interlace.inference.interleave_bench import CATEGORIES, choice_accuracy, lenient_choice_accuracy, rouge_l
 
 Prediction = Mapping[str, Any]  # id, prediction, reference, metadata
-Rule = Callable[[str, str], float | None]  # prediction, reference -> 0..1, or None where a row does not count
+_SHOWN = 5
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 if both are the same text, white space around them aside; else 0."""
-    return float(prediction.strip() == reference.strip())
+@dataclass(frozen=True)
+class Metric:
+    """`rule` scores a row, `also` gives further figures of it; or `corpus` scores rows all together."""
+
+    rule: Rule | None = None
+    also: Mapping[str, Rule] = field(default_factory=dict)
+    corpus: CorpusMetric | None = None
 
 
-# `metadata.question_type` -> what its metric is called, and the rule; exact match without one
-RULES: Mapping[str | None, tuple[str, Rule]] = {
-    None: ("exact_match", exact_match),
-    "open-ended": ("rouge_l", rouge_l),
-    "multi-choice": ("choice_accuracy", choice_accuracy),
+METRICS: Mapping[str, Metric] = {
+    "exact_match": Metric(best_of(exact_match)),
+    "choice_accuracy": Metric(best_of(choice_accuracy), {"lenient": best_of(lenient_choice_accuracy)}),
+    "vqa_accuracy": Metric(vqa_accuracy),
+    "relaxed_accuracy": Metric(best_of(relaxed_accuracy)),
+    "anls": Metric(best_of(anls)),
+    "rouge_l": Metric(best_of(rouge_l)),
+    "bleu": Metric(corpus=bleu),
+    "cider": Metric(corpus=cider),
+    "iou": Metric(best_of(mean_iou), {"accuracy_at_0.5": best_of(box_accuracy)}),
 }
+# LLaVA-Interleave Bench's `metadata.question_type` -> the metric of such a row
+QUESTION_TYPES: Mapping[str, str] = {"open-ended": "rouge_l", "multi-choice": "choice_accuracy"}
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A row with its metric's name and its score: None where the rule leaves it out; `lenient` of a multiple choice."""
+    """A row with its metric's name and its score: None where it does not count, 0 where rows are scored together; `also` are further figures."""
 
     metadata: Mapping[str, Any]
     metric: str
+    pair: tuple[str, Sequence[str]]
     score: float | None
-    lenient: float | None
+    also: Mapping[str, float]
 
 
-def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The contents of `metrics.json`: overall, per data set (`metadata.dataset`), per category of LLaVA-Interleave Bench and per number of images.
+def metric_of(metadata: Mapping[str, Any], metric: str | None = None) -> str:
+    """The name of a row's metric: `metadata.metric`, or what its `question_type` says, or else `metric`, the one that it was scored by before, exact match."""
+    kind = metadata.get("question_type")
+    by_kind = QUESTION_TYPES.get(kind) if isinstance(kind, str) else None
+    return metadata.get("metric") or by_kind or metric or metadata.get("default_metric") or "exact_match"
 
-    Scores are means in 0..1; `overall` weighs every row the same, a category and `average` every data set and category. Rows that a rule leaves out are
-    counted as `skipped`.
+
+def references_of(row: Prediction) -> list[str]:
+    """The answers that a prediction is held against: `metadata.references`, else its reference."""
+    return row["metadata"].get("references") or [row["reference"]]
+
+
+def check_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], metric: str | None = None) -> None:
+    """Holds metadata, each with the words that name its row, against what scoring needs.
+
+    Raises:
+        InputError: metrics that nobody knows, or references that are no texts, named with their rows; or the package of a metric is not installed.
     """
-    rows = [_scored(row) for row in predictions]
+    problems: list[str] = []
+    used: set[str] = set()
+    for where, metadata in rows:
+        names = [name for key in ("metric", "default_metric") if (name := metadata.get(key)) is not None]
+        unknown = [name for name in names if not isinstance(name, str) or name not in METRICS]
+        references = metadata.get("references")
+        if unknown:
+            problems.append(f"{where}: no metric {unknown[0]!r}")
+        elif references is not None and not (isinstance(references, list) and references and all(isinstance(text, str) for text in references)):
+            problems.append(f"{where}: references: expected a list of texts, got {str(references)[:80]}")
+        else:
+            used.add(metric_of(metadata, metric))
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        known = f"the metrics are {', '.join(METRICS)}"
+        raise InputError(f"{len(problems):,} rows cannot be scored; {known}\n  " + "\n  ".join(problems[:_SHOWN]) + more)
+    for name in sorted(used):
+        if corpus := METRICS[name].corpus:
+            corpus([])  # is its library there?
+
+
+def score(predictions: Sequence[Prediction], metric: str | None = None) -> dict[str, Any]:
+    """The contents of `metrics.json`: overall, per data set (`metadata.dataset`), per category of LLaVA-Interleave Bench and per number of images; per source,
+    task (`question_type`), position of the decisive image and metric where rows tell or differ.
+
+    Scores of rows are means in 0..1; where rows are scored together (BLEU, CIDEr), a group's score is that of the group, and counts once for each of its rows
+    where metrics meet. `overall` weighs every row the same, a category and `average` every data set and category. Rows that do not count are `skipped`.
+
+    Args:
+        metric: of rows that do not say how they are scored.
+
+    Raises:
+        InputError: see `check_rows`.
+    """
+    check_rows(((f"prediction {number}", row["metadata"]) for number, row in enumerate(predictions)), metric)
+    rows = [_scored(row, metric_of(row["metadata"], metric)) for row in predictions]
     datasets = _grouped(rows, lambda row: str(row.metadata.get("dataset", "all")))
     categories = _categories(datasets)
     complete = {"average": sum(value["score"] for value in categories.values()) / len(CATEGORIES)} if _is_complete(categories) else {}
+    more = {
+        "sources": _grouped(rows, lambda row: row.metadata.get("source")),
+        "tasks": _grouped(rows, lambda row: row.metadata.get("question_type")),
+        "decisive_image": _grouped(rows, lambda row: row.metadata.get("decisive_image")),
+        "by_metric": _grouped(rows, lambda row: row.metric) if len({row.metric for row in rows}) > 1 else {},
+    }
     return {
         "overall": _summary(rows),
         "datasets": datasets,
         "categories": categories,
         **complete,
         "num_images": _grouped(rows, lambda row: str(row.metadata.get("num_images", "unknown"))),
+        **{name: groups for name, groups in more.items() if groups},
     }
 
 
-def _scored(row: Prediction) -> _Scored:
-    kind = row["metadata"].get("question_type")
-    metric, rule = RULES.get(kind if isinstance(kind, str) else None, RULES[None])
-    texts = row["prediction"], row["reference"]
-    return _Scored(row["metadata"], metric, rule(*texts), lenient_choice_accuracy(*texts) if rule is choice_accuracy else None)
+def _scored(row: Prediction, name: str) -> _Scored:
+    metric, prediction, references = METRICS[name], row["prediction"], references_of(row)
+    if metric.rule is None:
+        references = [reference for reference in references if any(letter.isalnum() for letter in reference)]  # else there is no word to find again
+        return _Scored(row["metadata"], name, (prediction, references), 0.0 if references else None, {})
+    also = {figure: value for figure, rule in metric.also.items() if (value := rule(prediction, references)) is not None}
+    return _Scored(row["metadata"], name, (prediction, references), metric.rule(prediction, references), also)
 
 
-def _grouped(rows: Sequence[_Scored], key: Callable[[_Scored], str]) -> dict[str, dict[str, Any]]:
+def _grouped(rows: Sequence[_Scored], key: Callable[[_Scored], Any]) -> dict[str, dict[str, Any]]:
+    """Summaries of the rows that have a name or a number for this key, numbers in their order."""
     groups = defaultdict(list)
     for row in rows:
-        groups[key(row)].append(row)
-    return {name: _summary(members) for name, members in sorted(groups.items())}
+        if isinstance(name := key(row), (str, int)):
+            groups[str(name)].append(row)
+    return {name: _summary(groups[name]) for name in sorted(groups, key=lambda name: (len(name) * name.isdecimal(), name))}
 
 
 def _summary(rows: Sequence[_Scored]) -> dict[str, Any]:
-    """Score, metric and count of some rows."""
-    counted = [row.score for row in rows if row.score is not None]
-    lenient = [row.lenient for row in rows if row.lenient is not None]
+    """Score, metric and count of some rows, and the further figures that all of them have."""
+    counted = [row for row in rows if row.score is not None]
+    total = sum(row.score for row in counted if row.score is not None)
     metrics = sorted({row.metric for row in rows})
-    found: dict[str, Any] = {"score": sum(counted) / max(len(counted), 1), "metric": ", ".join(metrics), "count": len(counted)}
+    also: dict[str, Any] = {}
+    for name in metrics:
+        pairs = [row.pair for row in counted if row.metric == name]
+        if pairs and (corpus := METRICS[name].corpus):
+            together = corpus(pairs)
+            total += together.pop("score") * len(pairs)
+            also |= together if len(metrics) == 1 else {}
+    found: dict[str, Any] = {"score": total / max(len(counted), 1), "metric": ", ".join(metrics), "count": len(counted)}
     if len(counted) < len(rows):
         found["skipped"] = len(rows) - len(counted)
-    if len(lenient) == len(rows):
-        found["lenient"] = sum(lenient) / len(rows)
-    return found
+    for figure in sorted({figure for row in counted for figure in row.also}):
+        values = [row.also[figure] for row in counted if figure in row.also]
+        also |= {figure: sum(values) / len(values)} if len(values) == len(counted) else {}
+    return found | also
 
 
 def _categories(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

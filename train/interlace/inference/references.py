@@ -1,0 +1,97 @@
+"""Predictions of any origin with the references of a data set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from interlace.data.dataset import check_ledger
+from interlace.data.ledger import Entry, Ledger
+from interlace.data.reading import parse, records_of
+from interlace.data.sample import BadRow, Sample, Video, media_of
+from interlace.data.sources import read_entries
+from interlace.errors import InputError
+from interlace.inference.metrics import check_rows
+
+_SHOWN = 5
+
+
+def few(names: Sequence[str], noun: str) -> str:
+    """The first few names, and how many more there are: `2 ids (a, b)`."""
+    more = f", and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{len(names):,} {noun}{'s' * (len(names) != 1)} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names, those that come again with `#2`, `#3`, .. behind them: data sets may use an id, such as their image's, for several rows."""
+    taken, found = set(names), []
+    counts = dict.fromkeys(names, 0)
+    for name in names:
+        counts[name] += 1
+        new = name
+        while counts[name] > 1 and new in taken:
+            new = f"{name}#{counts[name]}"
+            counts[name] += new in taken
+        taken.add(new)
+        found.append(new)
+    return found
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a data set says of a row: where it stands, its reference, its metadata."""
+
+    where: str
+    reference: str
+    metadata: Mapping[str, Any]
+
+
+def read_expected(entry: Mapping[str, Any]) -> dict[str, Expected]:
+    """The rows of a dataset entry by their ids, which are told apart; opens no image and needs no tokenizer.
+
+    Raises:
+        InputError: bad rows, listed with file and index.
+    """
+    entries: list[Entry | None] = []
+    names: list[str] = []
+    rows: list[Expected] = []
+    for record in records_of(read_entries([entry], 0)):
+        try:
+            sample = parse(record)[1]
+        except BadRow as error:
+            entries.append(Entry(record.file, record.index, "skipped", error.reason, error.detail))
+            continue
+        assert isinstance(sample, Sample)
+        media = media_of(sample.turns)
+        count = {} if any(isinstance(item, Video) for item in media) else {"num_images": len(media)}  # how many frames a video gives is not known here
+        metadata = {"dataset": record.source.name, **sample.metadata, **count}
+        entries.append(None)
+        names.append(sample.identifier or f"{record.file}:{record.index}")
+        rows.append(Expected(f"{record.file}: row {record.index}", sample.turns[-1].text, metadata))
+    check_ledger(Ledger.of(entries), "error", "error", None)
+    return dict(zip(told_apart(names), rows, strict=True))
+
+
+def with_references(predictions: Sequence[Mapping[str, Any]], expected: Mapping[str, Expected], metric: str | None) -> tuple[list[dict[str, Any]], int]:
+    """The predictions with reference and metadata of the data, and how many had another reference before.
+
+    Raises:
+        InputError: ids that do not match, predictions that had other references throughout, or rows that cannot be scored.
+    """
+    check_rows(((row.where, row.metadata) for row in expected.values()), metric)
+    given = {str(row["id"]): row for row in predictions}
+    missing = [name for name in expected if name not in given]
+    unknown = [name for name in given if name not in expected]
+    if missing or unknown:
+        found = [f"no prediction for {few(missing, 'row')}"] * bool(missing) + [f"the data have no row for {few(unknown, 'prediction')}"] * bool(unknown)
+        raise InputError(f"the predictions are not those of these data: {'; '.join(found)}")
+    others = [name for name, row in given.items() if row.get("reference") not in (None, "", expected[name].reference)]
+    if len(others) == len(given) > 1:
+        raise InputError(
+            "the predictions are not those of these data: the ids match, but every prediction names another reference than its row; "
+            "if the data's are right, leave `reference` out of the predictions"
+        )
+    rows = []
+    for name, row in given.items():
+        kept = {key: row["metadata"][key] for key in ("num_images", "default_metric") if key in row["metadata"]}
+        rows.append({"id": name, "prediction": row["prediction"], "reference": expected[name].reference, "metadata": {**expected[name].metadata, **kept}})
+    return rows, len(others)
