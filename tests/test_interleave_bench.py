@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge import Rouge
 
-from interlace.inference.evaluation import metrics_table
 from interlace.inference.interleave_bench import CATEGORIES, PUBLISHED, choice_accuracy, lenient_choice_accuracy, normalised, rouge_l
 from interlace.inference.metrics import score
+from interlace.inference.predictions import metrics_table
 from tests.test_scripts import run
 
 

@@ -15,9 +15,9 @@ from interlace.errors import InputError
 from interlace.inference.answer_metrics import anls, relaxed_accuracy, vqa_accuracy, vqa_answer
 from interlace.inference.boxes import boxes_in, intersection_over_union
 from interlace.inference.caption_metrics import bleu, cider
-from interlace.inference.evaluation import metrics_table, write_scores
 from interlace.inference.metrics import METRICS, check_rows, score
-from interlace.inference.references import told_apart
+from interlace.inference.predictions import metrics_table, read_predictions, told_apart, write_scores
+from interlace.inference.references import read_expected, with_references
 from tests.conftest import write_rows
 from tests.test_scripts import run
 
@@ -310,13 +310,12 @@ def test_scores_again_are_the_scores_of_the_run(tmp_path: Path) -> None:
     assert set(json.loads(metrics)["by_metric"]) == {"anls", "vqa_accuracy"}
     bare = tmp_path / "bare.jsonl"
     bare.write_text("\n".join(json.dumps({name: value[name] for name in ("id", "prediction")}) for value in written))
-    ways = [["--predictions", predictions], ["--predictions", predictions, "--data-files", data]]
-    ways += [["--predictions", bare, "--data-files", data, "--metric", "vqa_accuracy"]]
-    for number, words in enumerate(ways):
-        again = run("evaluate_model.py", *words, "--output-dir", tmp_path / str(number))
+    for name, words in (("two", ["--predictions", predictions]), ("three", ["--predictions", bare, "--data-files", data, "--metric", "vqa_accuracy"])):
+        again = run("evaluate_model.py", *words, "--output-dir", tmp_path / name)
         assert again.returncode == 0, again.stderr
-        assert (tmp_path / str(number) / "metrics.json").read_text() == metrics
-    assert (tmp_path / "1" / "predictions.jsonl").read_text() == predictions.read_text()
+        assert (tmp_path / name / "metrics.json").read_text() == metrics
+    again_with_data, others = with_references(read_predictions(predictions), read_expected({"data_files": str(data)}), None)
+    assert (again_with_data, others) == (written, 0)
 
 
 def test_half_a_character_is_written_as_json_escapes_it(tmp_path: Path) -> None:
@@ -334,34 +333,59 @@ GIVEN = [{"id": str(i), "prediction": "1", "reference": "1", "metadata": {}} for
         ([*GIVEN, GIVEN[2]], [], "1 id (2) more than once"),
         ([GIVEN[0], {**GIVEN[1], "metadata": {"metric": "blue"}}], [], "line 2: no metric 'blue'"),
         ([{"id": "0", "prediction": "1", "metadata": {}}], [], "line 1: expected id, prediction (text), reference (text; or --data-files"),
+        ([GIVEN[0], "{"], [], "line 2: no valid JSON"),
         (GIVEN[:3], ["--data-files", "DATA"], "no prediction for 1 row (3)"),
-        ([*GIVEN[:3], {**GIVEN[3], "id": "three"}], ["--data-files", "DATA"], "no prediction for 1 row (3); the data have no row for 1 prediction (three)"),
-        ([{**value, "reference": "of another set"} for value in GIVEN], ["--data-files", "DATA"], "every prediction names another reference"),
-        (GIVEN, ["--data-files", "BROKEN"], "row 2: no_answer"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(tmp_path: Path, lines: list[dict[str, Any]], words: list[str], expected: str) -> None:
-    rows = [{"id": str(i), "conversations": [["q", f"{i}"]]} for i in range(4)]
-    (tmp_path / "DATA").with_suffix(".json").write_text(json.dumps(rows))
-    broken = {"id": "2", "messages": [{"role": "user", "content": "q"}]}
-    (tmp_path / "BROKEN").with_suffix(".json").write_text(json.dumps([*rows[:2], broken, rows[3]]))
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, lines: list[Any], words: list[str], expected: str) -> None:
+    data = write_numbers(tmp_path)
     given = tmp_path / "given.jsonl"
-    given.write_text("\n".join(json.dumps(value) for value in lines))
-    files = [str(tmp_path / f"{word}.json") if word.isupper() else word for word in words]
+    given.write_text("\n".join(value if isinstance(value, str) else json.dumps(value) for value in lines))
+    files = [str(data) if word == "DATA" else word for word in words]
     done = run("evaluate_model.py", "--predictions", given, *files, "--output-dir", tmp_path / "out")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert expected in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_few_other_references_are_said_and_the_data_count(tmp_path: Path) -> None:
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps([{"id": i, "conversations": [["q", "1"]], "metadata": {"source": "s"}} for i in range(4)]))
-    given = tmp_path / "given.jsonl"
-    given.write_text("\n".join(json.dumps({**value, "reference": "7"} if value["id"] == "3" else value) for value in GIVEN))
-    done = run("evaluate_model.py", "--predictions", given, "--data-files", data, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "1 predictions named another reference" in done.stdout
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+def write_numbers(folder: Path, *changes: tuple[int, dict[str, Any]]) -> Path:
+    """Four rows with ids from 0 that are all answered by 1."""
+    rows = [{"id": i, "conversations": [["q", "1"]], "metadata": {"source": "s"}} for i in range(4)]
+    for i, change in changes:
+        rows[i] = change
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "expected"),
+    [
+        ([*GIVEN[:3], {**GIVEN[3], "id": "three"}], [], r"no prediction for 1 row \(3\); the data have no row for 1 prediction \(three\)"),
+        ([{**GIVEN[0], "id": f"x{i}"} for i in range(9)], [], r"no prediction for 4 rows .* for 9 predictions \(x0, x1, x2, x3, x4, and 4 more\)"),
+        ([{**value, "reference": "of another set"} for value in GIVEN], [], "every prediction names another reference"),
+        (GIVEN, [(2, {"id": "2", "messages": [{"role": "user", "content": "q"}]})], "row 2: no_answer"),
+        (GIVEN, [(2, {"id": "2", "conversations": [["q", "1"]], "metadata": {"metric": "blue"}})], "data.json: row 2: no metric 'blue'"),
+    ],
+)
+def test_predictions_and_data_that_do_not_match(tmp_path: Path, given: list[dict[str, Any]], changes: list[Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        with_references(given, read_expected({"data_files": str(write_numbers(tmp_path, *changes))}), None)
+
+
+def test_a_few_other_references_are_counted_and_the_data_decide(tmp_path: Path) -> None:
+    rows = [{**value, "reference": "7"} if value["id"] == "3" else {**value, "reference": None} for value in GIVEN]
+    path = tmp_path / "given.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(value) for value in rows))
+    predictions, others = with_references(read_predictions(path, needs_reference=False), read_expected({"data_files": str(write_numbers(tmp_path))}), None)
+    assert others == 1
+    metrics = score(predictions)
     assert metrics["sources"]["s"] == {"score": 1.0, "metric": "exact_match", "count": 4}
     assert metrics["num_images"] == {"0": metrics["overall"]}
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "given.jsonl"
+    path.write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_predictions(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from interlace.arguments import did_you_mean
 from interlace.errors import InputError, run_script
 from interlace.inference.metrics import METRICS
+from interlace.inference.predictions import metrics_table, read_predictions, write_scores
 
 
 def main() -> None:
@@ -36,13 +37,12 @@ def main() -> None:
         raise InputError(f"{options.output_dir} is a file; expected a folder")
     if options.predictions is None and not (options.model_path and options.data_files):
         raise InputError("expected --model-path and --data-files, or --predictions FILE")
-    from interlace.inference.evaluation import check_metrics, metrics_table, predict, read_predictions, read_questions, write_scores
-    from interlace.inference.generation import load_generator
-    from interlace.inference.references import read_expected, with_references
-
     files = "demo" if options.data_files == ["demo"] else options.data_files
     entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
     if options.predictions is None:
+        from interlace.inference.evaluation import check_metrics, predict, read_questions
+        from interlace.inference.generation import load_generator
+
         generator = load_generator(options.model_path, options.dtype, options.load_in_4bit)
         questions = read_questions(entry, generator, options.max_length, options.max_image_pixels)
         check_metrics(questions, options.metric)
@@ -50,6 +50,8 @@ def main() -> None:
     else:
         predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
         if files:
+            from interlace.inference.references import read_expected, with_references
+
             predictions, others = with_references(predictions, read_expected(entry), options.metric)
             print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
     print(metrics_table(write_scores(options.output_dir, predictions, options.metric)))

@@ -11,29 +11,7 @@ from interlace.data.sample import BadRow, Sample, Video, media_of
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.inference.metrics import check_rows
-
-_SHOWN = 5
-
-
-def few(names: Sequence[str], noun: str) -> str:
-    """The first few names, and how many more there are: `2 ids (a, b)`."""
-    more = f", and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"{len(names):,} {noun}{'s' * (len(names) != 1)} ({', '.join(names[:_SHOWN])}{more})"
-
-
-def told_apart(names: Sequence[str]) -> list[str]:
-    """The names, those that come again with `#2`, `#3`, .. behind them: data sets may use an id, such as their image's, for several rows."""
-    taken, found = set(names), []
-    counts = dict.fromkeys(names, 0)
-    for name in names:
-        counts[name] += 1
-        new = name
-        while counts[name] > 1 and new in taken:
-            new = f"{name}#{counts[name]}"
-            counts[name] += new in taken
-        taken.add(new)
-        found.append(new)
-    return found
+from interlace.inference.predictions import few, told_apart
 
 
 @dataclass(frozen=True)
