@@ -1,4 +1,4 @@
-"""Greedy answers of a model or adapter on data with references, and their scores."""
+"""Greedy answers of a model or adapter on data with references, and their scores; under torchrun, several processes share the rows."""
 
 import argparse
 from pathlib import Path
@@ -20,25 +20,36 @@ def main() -> None:
     parser.add_argument("--max-image-pixels", type=int, default=50_000_000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
+    parser.add_argument("--load-in-8bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
     if options.batch_size < 1 or options.max_new_tokens < 1:
         raise InputError("--batch-size and --max-new-tokens: expected at least 1")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise InputError(f"{options.output_dir} is a file; expected a folder")
+    if options.load_in_4bit and options.load_in_8bit:
+        raise InputError("--load-in-4bit and --load-in-8bit: expected one of them")
     if options.predictions is None and not (options.model_path and options.data_files):
         raise InputError("expected --model-path and --data-files, or --predictions FILE")
     from interlace.inference.evaluation import metrics_table, predict, read_predictions, read_questions, write_scores
     from interlace.inference.generation import load_generator
+    from interlace.inference.partial import PartialPredictions, fingerprint_of
+    from interlace.ranks import join
 
     if options.predictions is not None:
-        predictions = read_predictions(options.predictions)
+        print(metrics_table(write_scores(options.output_dir, read_predictions(options.predictions))))
     else:
         files = "demo" if options.data_files == ["demo"] else options.data_files
         entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
-        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit)
-        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels)
-        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens)
-    print(metrics_table(write_scores(options.output_dir, predictions)))
+        ranks = join()
+        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit)
+        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, ranks)
+        settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
+        partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
+        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
+        if not ranks.is_main:
+            return
+        print(metrics_table(write_scores(options.output_dir, predictions)))
+        partial.remove()
     print(f"\n{options.output_dir / 'predictions.jsonl'}\n{options.output_dir / 'metrics.json'}")
 
 

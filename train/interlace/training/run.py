@@ -21,6 +21,7 @@ from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.saving import copy_beside
 from interlace.model.tuning import TunedModel
+from interlace.ranks import Ranks
 from interlace.redaction import without_secrets
 from interlace.training.caching import attach_feature_cache, memory_given_back
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
@@ -32,7 +33,6 @@ from interlace.training.parts import evaluation_rows, load_tuned_model, processi
 from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.publishing import publish
-from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.stopping import StopSignals
