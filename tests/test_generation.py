@@ -173,7 +173,7 @@ def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     data = write_rows(tmp_path, 11)
     outputs = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]):
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
         out = tmp_path / str(len(launcher))
         words = ["train/evaluate_model.py", "--model-path", DEMO_MODEL, "--data-files", data, "--max-new-tokens", "8", "--batch-size", "3", "--output-dir", out]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
