@@ -28,6 +28,7 @@ from interlace.training.outline import empty_model
 from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.restoring import Survival
+from interlace.training.run import answers_of
 from interlace.training.sharding import start_processes
 from interlace.training.stopping import StopSignals
 from interlace.training.trainer import PackedTrainer
@@ -129,6 +130,7 @@ def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     evaluation = parts.evaluation_rows(arguments, reader, config, costs, args)
     keeper = Keeper(case)
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper], survival)
+    trainer.answers = answers_of(arguments, processing, evaluation, reader, args)
     keeper.trainer = trainer
     return trainer, keeper
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +53,29 @@ def predict(
     max_new_tokens: int,
     partial: PartialPredictions | None = None,
     ranks: Ranks | None = None,
+    before_round: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Greedy answers: one `{id, prediction, reference, metadata}` per row, in order, on every rank.
 
     Args:
         batch_size: most rows in a batch; halved where a batch does not fit into the memory.
         partial: where answers are kept until all are there; those that are kept there already are not made again.
-        ranks: share the batches; None for this process alone.
+        ranks: take a batch each per round; None for this process alone.
+        before_round: called on all ranks, equally often.
     """
     ranks = ranks or Ranks()
     answers = {number: text for kept in ranks.gather(partial.read() if partial else {}) for number, text in kept.items()}
     batches = [[i for i in batch if i not in answers] for batch in batches_of(outcomes, batch_size)]
-    mine = [batch for batch in batches if batch][ranks.rank :: ranks.world_size]
-    with tqdm(total=sum(map(len, mine)), desc="generating", unit="row", leave=False, disable=not ranks.is_main) as bar:
-        for batch in mine:
-            found = dict(zip(batch, _answers(generator, [question_of(outcomes[i], generator) for i in batch], max_new_tokens), strict=True))
-            answers |= found
-            if partial is not None:
-                partial.add(found)
-            bar.update(len(batch))
+    rounds = rounds_of([batch for batch in batches if batch], outcomes, ranks.world_size, generator.in_step)
+    with tqdm(total=sum(len(batch) for of_rank in rounds for batch in of_rank), desc="generating", unit="row", leave=False, disable=not ranks.is_main) as bar:
+        for of_rank in rounds:
+            before_round()
+            for batch in of_rank[ranks.rank : ranks.rank + 1]:
+                found = dict(zip(batch, _answers(generator, [question_of(outcomes[i], generator) for i in batch], max_new_tokens), strict=True))
+                answers |= found
+                if partial is not None:
+                    partial.add(found)
+            bar.update(sum(map(len, of_rank)))
     answers = {number: text for of_rank in ranks.gather(answers) for number, text in of_rank.items()}
     return [_prediction(outcome, answers[i]) for i, outcome in enumerate(outcomes)]
 
@@ -96,12 +100,30 @@ def batches_of(outcomes: Sequence[Outcome], batch_size: int) -> list[list[int]]:
     return sorted(batches, key=lambda batch: length(batch[0]), reverse=True)
 
 
+def rounds_of(batches: Sequence[list[int]], outcomes: Sequence[Outcome], world_size: int, in_step: bool) -> list[list[list[int]]]:
+    """The batches dealt to the ranks: a round has a batch for each, the last one perhaps for some.
+
+    Args:
+        in_step: every round has a batch for each rank, a batch twice if need be; those of a round have images all or none, as the tower is called or not.
+    """
+    if not in_step:
+        return [list(batches[start : start + world_size]) for start in range(0, len(batches), world_size)]
+    numbers = {shows: [i for batch in batches for i in batch if bool(outcomes[i].row.images) is shows] for shows in (True, False)}  # type: ignore[union-attr]
+    size = max(map(len, batches), default=1)
+    rounds = []
+    for of_kind in numbers.values():
+        kind = [of_kind[start : start + size] for start in range(0, len(of_kind), size)]
+        kind += kind[-1:] * (-len(kind) % world_size)
+        rounds += [kind[start : start + world_size] for start in range(0, len(kind), world_size)]
+    return rounds
+
+
 def _answers(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """The answers of a batch, of its halves where it does not fit into the memory."""
     try:
         return generator.answer(prompts, max_new_tokens)
     except RuntimeError as error:
-        if len(prompts) == 1 or not should_reduce_batch_size(error):
+        if len(prompts) == 1 or generator.in_step or not should_reduce_batch_size(error):
             raise
     generator.free_memory()
     half = len(prompts) // 2

@@ -44,11 +44,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generator:
-    """A model with its processing, ready to answer."""
+    """A model with its processing, ready to answer.
+
+    in_step: processes share the model's weights, so that all have to call it equally often.
+    """
 
     model: PreTrainedModel | PeftModel
     processing: Processing
     device: torch.device
+    in_step: bool = False
 
     def prompt(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation whose images are files, up to where the next answer begins.
@@ -96,6 +100,7 @@ class Generator:
             eos_token_id=end,
             pad_token_id=pad,
             streamer=streamer,
+            synced_gpus=self.in_step,
         )
         return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
@@ -105,11 +110,11 @@ class Generator:
             torch.accelerator.empty_cache()
 
     def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], tuple[Place, ...]]:
-        """The trunk of all prompts, without an image for one prompt, for prompts of different trunks, and for models whose positions tell rows and columns:
-        `generate` computes those from whole prompts."""
+        """The trunk of all prompts; nothing for one prompt, for different trunks, and for models whose positions tell rows and columns: `generate` computes
+        those from whole prompts."""
         first = prompts[0].trunk
-        is_shared = len(prompts) > 1 and not self.processing.images.has_grids and all(prompt.trunk == first for prompt in prompts[1:])
-        return first if is_shared else ([], ())
+        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids
+        return first if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], ())
 
     def _prefilled(self, trunk: Sequence[int], images: Sequence[Place], rows: int) -> DynamicCache:
         """Keys and values of a trunk, for each of some rows."""
