@@ -20,14 +20,15 @@ from interlace.data.packing import MicroBatch, Plan
 from interlace.data.sources import read_entries
 from interlace.model.costs import step_costs
 from interlace.model.loading import resolve_model_path
+from interlace.ranks import Ranks
 from interlace.training import parts
 from interlace.training.checkpoint import Saver
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model
 from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
-from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
+from interlace.training.run import answers_of
 from interlace.training.sharding import start_processes
 from interlace.training.stopping import StopSignals
 from interlace.training.trainer import PackedTrainer
@@ -129,6 +130,7 @@ def build(case: dict[str, Any]) -> tuple[PackedTrainer, Keeper]:
     evaluation = parts.evaluation_rows(arguments, reader, config, costs, args)
     keeper = Keeper(case)
     trainer = PackedTrainer(tuned, processing, args, train, evaluation, {}, [Losses(), keeper], survival)
+    trainer.answers = answers_of(arguments, processing, evaluation, reader, args)
     keeper.trainer = trainer
     return trainer, keeper
 

@@ -22,12 +22,15 @@ from interlace.data.batch import Collator, NumberedRows
 from interlace.data.dataset import Rows, load_rows
 from interlace.data.sources import read_entries
 from interlace.data.template import ChatTemplate
+from interlace.inference.evaluation import predict
+from interlace.inference.generation import Generator
 from interlace.model.costs import step_costs
 from interlace.model.forward import model_inputs
 from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.losses import supervised_loss
 from interlace.model.saving import save_model, save_processing
 from interlace.training import parts
+from interlace.training.answering import generating, questions
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model
 from interlace.training.planning import training_plan
@@ -227,6 +230,30 @@ def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, f
         assert outcome(case, results)[0]["eval"] == [pytest.approx(expected, rel=1e-5)], case["name"]
     for case in cases[len(ENGINES) :]:
         assert_equals_plain(case, results, MIXES[:4])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("variant", ["lora", pytest.param("tower", marks=pytest.mark.slow)])
+def test_every_engine_answers_as_one_process_does(make_case: MakeCase, folder: Path, variant: str) -> None:
+    """Rows with and without images, so that towers are called by all ranks or none; before, and after a step, whose gradients must not be touched by it."""
+    dataset = {"train": [{"data_files": str(folder / "data" / "rows.json")}], "eval": [{"data_files": str(folder / "data" / "rows.json")}]}
+    asks = {"dataset": dataset, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_generate": True, "eval_generate_rows": 11}
+    asks |= {"per_device_eval_batch_size": 3, "eval_generate_max_new_tokens": 6}
+    changes = VARIANTS[variant] | asks
+    cases = [make_case(f"{variant} {engine} asked", engine, MIXES, changes | {"output_dir": str(folder / f"{variant} {engine} out")}) for engine in ENGINES]
+    for case in cases:
+        Path(case["arguments"]["output_dir"]).mkdir()
+    results = launch(cases, folder)
+    plain = assert_equals_plain(cases[0], results, MIXES)
+    for case in cases[1:]:
+        assert outcome(case, results)[0]["losses"] == pytest.approx(outcome(cases[0], results)[0]["losses"], rel=1e-5), case["name"]
+    answered = [(Path(case["arguments"]["output_dir"]) / "eval_answers" / f"step-{step}.jsonl").read_text() for step in (0, 2, 6) for case in cases]
+    assert answered == [text for step in range(3) for text in answered[step * len(cases) : step * len(cases) + 1] * len(cases)]
+    outcomes = questions(plain.rows, dataset["eval"], parts.row_reader(plain.arguments, plain.processing), plain.args.seed, 11)
+    with generating(plain.tuned, plain.args) as model:  # after the last step
+        expected = predict(Generator(model, plain.processing, plain.args.device), outcomes, 11, 6)
+    assert [json.loads(line) for line in answered[-1].splitlines()] == expected
+    assert len(expected) == 11
 
 
 def in_one(steps: Steps) -> Steps:

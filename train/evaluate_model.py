@@ -1,4 +1,4 @@
-"""Greedy answers of a model or adapter on data with references, and their scores."""
+"""Greedy answers of a model or adapter on data with references, and their scores; under torchrun, several processes share the rows."""
 
 import argparse
 from pathlib import Path
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--max-image-pixels", type=int, default=50_000_000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
+    parser.add_argument("--load-in-8bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
     if options.metric not in (None, *METRICS):
         raise InputError(f"--metric: no metric {options.metric!r}{did_you_mean(options.metric, METRICS)}; expected one of {', '.join(METRICS)}")
@@ -35,6 +36,8 @@ def main() -> None:
         raise InputError("--batch-size and --max-new-tokens: expected at least 1")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise InputError(f"{options.output_dir} is a file; expected a folder")
+    if options.load_in_4bit and options.load_in_8bit:
+        raise InputError("--load-in-4bit and --load-in-8bit: expected one of them")
     if options.predictions is None and not (options.model_path and options.data_files):
         raise InputError("expected --model-path and --data-files, or --predictions FILE")
     files = "demo" if options.data_files == ["demo"] else options.data_files
@@ -42,11 +45,18 @@ def main() -> None:
     if options.predictions is None:
         from interlace.inference.evaluation import check_metrics, predict, read_questions
         from interlace.inference.generation import load_generator
+        from interlace.inference.partial import PartialPredictions, fingerprint_of
+        from interlace.ranks import join
 
-        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit)
-        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels)
+        ranks = join()
+        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit)
+        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, ranks)
         check_metrics(questions, options.metric)
-        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens)
+        settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
+        partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
+        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
+        if not ranks.is_main:
+            return
     else:
         predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
         if files:

@@ -123,6 +123,11 @@ class DataFields:
         False, "Rows of a micro-batch that begin with the same images and text compute them once: many questions about one video, scene or page."
     )
     max_rows_per_prefix: int = key(8, "With share_prefix: how many such rows may come together; the more, the faster and the more alike a batch.", minimum=2)
+    eval_generate: bool = key(
+        False, "At every evaluation also answer some of dataset.eval's rows, and score the answers as evaluate_model.py does: eval_score."
+    )
+    eval_generate_rows: int = key(200, "With eval_generate: how many rows, evenly spread over dataset.eval.", minimum=1)
+    eval_generate_max_new_tokens: int = key(128, "With eval_generate: longest answer, in tokens.", minimum=1)
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
 
 

@@ -219,7 +219,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def contradictions(arguments: Arguments, given: Mapping[str, Any], kind: Kind = None) -> list[str]:
     """Combinations that cannot be meant, and values that cannot be honoured."""
     a, evaluates = arguments, bool(arguments["dataset"].get("eval"))
-    metrics = ("loss", "token_accuracy", *(() if kind == "supervised" else BEST_METRICS))
+    metrics = ("loss", "token_accuracy", *(("score",) if a["eval_generate"] else ()), *(() if kind == "supervised" else BEST_METRICS))
+    best = (a["metric_for_best_model"] or "loss").removeprefix("eval_")
     pairs = [
         (a["bf16"] and a["fp16"], "bf16 and fp16: choose one"),
         (a["load_in_4bit"] and a["load_in_8bit"], "load_in_4bit and load_in_8bit: choose one"),
@@ -231,10 +232,15 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any], kind: Kind = 
         (not a["lora"] and a["loraplus_lr_ratio"] is not None, "loraplus_lr_ratio needs lora: true"),
         (a["eval_strategy"] != "no" and not evaluates, "eval_strategy needs dataset.eval"),
         (a["eval_on_start"] and not evaluates, "eval_on_start needs dataset.eval"),
+        (a["eval_generate"] and a["eval_strategy"] == "no" and not a["eval_on_start"], "eval_generate needs eval_strategy"),
+        (
+            a["eval_generate"] and kind == "preference",
+            "eval_generate scores answers against references, which pairs do not have; give evaluate_model.py the model and data with references",
+        ),
         (a["load_best_model_at_end"] and a["eval_strategy"] == "no", "load_best_model_at_end needs eval_strategy"),
         (a["save_strategy"] == "best" and a["eval_strategy"] == "no", "save_strategy best needs eval_strategy"),
         (
-            a["metric_for_best_model"] is not None and a["metric_for_best_model"].removeprefix("eval_") not in metrics,
+            best not in metrics and not (a["eval_generate"] and best.startswith("score/")),
             f"metric_for_best_model: expected eval_{' or eval_'.join(metrics)}; got {a['metric_for_best_model']!r}",
         ),
         (a["max_bad_rows"] is not None and a["bad_rows"] != "skip", "max_bad_rows needs bad_rows: skip"),

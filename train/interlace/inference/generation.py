@@ -1,11 +1,13 @@
-"""Answers from a model: batched, left-padded, images at their places."""
+"""Answers from a model: batched, left-padded, images at their places; what all questions of a batch begin with is computed once."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from interlace.data.media import check_image, open_images
@@ -16,25 +18,41 @@ MOST_PIXELS = 178_000_000  # of an image in a dialogue
 
 
 def default_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator of this process, or the CPU where there is none."""
+    device, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
+    if device is None or count < 2:
+        return device or torch.device("cpu")
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")) % count)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to where an answer begins: expanded ids, and the images whose tokens are in them, in order."""
+    """A conversation up to where an answer begins: expanded ids, and the images whose tokens are in them, in order.
+
+    `trunk_length` and `trunk_images` count the first ids and images, those that other questions may begin with, too; 0 for none.
+    """
 
     input_ids: list[int]
     images: tuple[Place, ...]
+    trunk_length: int = 0
+    trunk_images: int = 0
+
+    @property
+    def trunk(self) -> tuple[list[int], tuple[Place, ...]]:
+        return self.input_ids[: self.trunk_length], self.images[: self.trunk_images]
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model with its processing, ready to answer."""
+    """A model with its processing, ready to answer.
+
+    in_step: processes share the model's weights, so that all have to call it equally often.
+    """
 
     model: PreTrainedModel | PeftModel
     processing: Processing
     device: torch.device
+    in_step: bool = False
 
     def prompt(self, turns: Sequence[Turn]) -> Prompt:
         """A conversation whose images are files, up to where the next answer begins.
@@ -55,35 +73,64 @@ class Generator:
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
         """Greedy answers.
 
+        Args:
+            prompts: where all have the same trunk, it is computed once for all of them.
+
         Raises:
             BadRow: an image that cannot be opened.
         """
-        longest = max(len(prompt.input_ids) for prompt in prompts)
         tokenizer = self.processing.tokenizer
         pad, end = tokenizer.pad_token_id, self.processing.template.end
         end = tokenizer.eos_token_id if end is None else end
         pad = end if pad is None else pad
-        ids = torch.tensor([[pad] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts], device=self.device)
-        images = iter(open_images([place for prompt in prompts for place in prompt.images]))
-        vision = self.processing.generation_inputs([[next(images) for _ in prompt.images] for prompt in prompts], ids.cpu())
-        if vision:
-            vision = {name: values.to(self.device) for name, values in vision.items()}
-            vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
+        trunk, trunk_images = self._common_trunk(prompts)
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        padding = [longest - len(prompt.input_ids) for prompt in prompts]
+        ids = torch.tensor([[*trunk, *[pad] * more, *prompt.input_ids[len(trunk) :]] for more, prompt in zip(padding, prompts, strict=True)])
+        mask = torch.ones_like(ids)
+        for row, more in enumerate(padding):
+            mask[row, len(trunk) : len(trunk) + more] = 0
         output = self.model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            **vision,
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            past_key_values=self._prefilled(trunk, trunk_images, len(prompts)) if trunk else None,
+            **self._vision([prompt.images[len(trunk_images) :] for prompt in prompts], ids),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
             pad_token_id=pad,
             streamer=streamer,
+            synced_gpus=self.in_step,
         )
         return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
+    def free_memory(self) -> None:
+        """Gives back what the accelerator keeps of a batch that did not fit."""
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
 
-def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = False) -> Generator:
+    def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], tuple[Place, ...]]:
+        """The trunk of all prompts; nothing for one prompt, for different trunks, and for models whose positions tell rows and columns: `generate` computes
+        those from whole prompts."""
+        first = prompts[0].trunk
+        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids
+        return first if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], ())
+
+    def _prefilled(self, trunk: Sequence[int], images: Sequence[Place], rows: int) -> DynamicCache:
+        """Keys and values of a trunk, for each of some rows."""
+        cache, ids = DynamicCache(config=self.model.config.get_text_config()), torch.tensor([trunk])
+        self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **self._vision([images], ids))
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _vision(self, rows: Sequence[Sequence[Place]], ids: torch.Tensor) -> dict[str, Any]:
+        """What the model takes of the images of some rows."""
+        images = iter(open_images([place for row in rows for place in row]))
+        vision = self.processing.generation_inputs([[next(images) for _ in row] for row in rows], ids)
+        return {name: values.to(self.device, self.model.dtype if name == "pixel_values" else None) for name, values in vision.items()}
+
+
+def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = False, load_in_8bit: bool = False) -> Generator:
     """Loads a model or adapter directory for answering.
 
     Args:
@@ -95,9 +142,12 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
     device = default_device()
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     processing = load_processing(resolve_model_path(path))
-    if load_in_4bit and device.type == "cpu":
+    is_quantized = load_in_4bit or load_in_8bit
+    if is_quantized and device.type == "cpu":
         chosen = torch.bfloat16
-    model = load_for_inference(path, chosen, quantization(load_in_4bit, False, chosen))
-    if not load_in_4bit:
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # where quantized weights go
+    model = load_for_inference(path, chosen, quantization(load_in_4bit, load_in_8bit, chosen))
+    if not is_quantized:
         model = model.to(device)  # type: ignore[arg-type]
     return Generator(model, processing, device)

@@ -16,8 +16,8 @@ from interlace.errors import InputError
 from interlace.model.features import FeatureCache, FeatureStore, make_room, tower_hash
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
+from interlace.ranks import Ranks
 from interlace.training.planning import columns_of
-from interlace.training.ranks import Ranks
 
 _PREFIX = "interlace-features-"  # then the number of the process that made the folder
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed import DistError
 
 from interlace.errors import InputError, RunError
-from interlace.training.ranks import Ranks
+from interlace.ranks import Ranks
 from interlace.training.sharding import start_processes
 from interlace.training.tracking import environment
 

@@ -13,9 +13,9 @@ from transformers import Trainer
 
 from interlace.errors import InputError
 from interlace.model.tuning import TunedModel
+from interlace.ranks import Ranks
 from interlace.training.checkpoint import Checkpoint, Saver
 from interlace.training.fragments import restore_fragments, set_weights
-from interlace.training.ranks import Ranks
 from interlace.training.sharding import engine_of, float32_weights, slice_weights
 from interlace.training.spikes import LossRecord
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, plain, read_json_state

@@ -14,14 +14,16 @@ from transformers import TrainingArguments, get_scheduler
 from interlace.arguments import Arguments
 from interlace.data.dataset import load_rows
 from interlace.data.ledger import Ledger
-from interlace.data.reading import Kind
+from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.saving import copy_beside
 from interlace.model.tuning import TunedModel
+from interlace.ranks import Ranks
 from interlace.redaction import without_secrets
+from interlace.training.answering import Answers, questions
 from interlace.training.caching import attach_feature_cache, memory_given_back
 from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.lock import FolderLock
@@ -32,7 +34,6 @@ from interlace.training.parts import evaluation_rows, load_tuned_model, processi
 from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.publishing import publish
-from interlace.training.ranks import Ranks
 from interlace.training.restoring import Survival
 from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
 from interlace.training.stopping import StopSignals
@@ -115,7 +116,8 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     saver = Saver(output_dir, ranks.rank, ranks.world_size, about, args.save_total_limit)
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     costs = costs.with_reference() if asks_reference(arguments, kind) else costs
-    trainer = build_trainer(make, tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps), costs)
+    asked = answers_of(arguments, processing, evaluation, reader, args)
+    trainer = build_trainer(make, tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps), costs, asked)
     saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint, lock))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
@@ -163,6 +165,15 @@ def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: di
         ) from error
 
 
+def answers_of(arguments: Arguments, processing: Processing, evaluation: PlannedRows | None, reader: RowReader, args: TrainingArguments) -> Answers | None:
+    """What `eval_generate` asks for."""
+    if not arguments["eval_generate"] or evaluation is None:
+        return None
+    outcomes = questions(evaluation.rows, arguments["dataset"]["eval"], reader, args.seed, arguments["eval_generate_rows"])
+    folder = Path(arguments["output_dir"]) / "eval_answers" if args.process_index == 0 else None
+    return Answers(outcomes, processing, args.per_device_eval_batch_size, arguments["eval_generate_max_new_tokens"], folder)
+
+
 def build_trainer(
     make: Callable[..., PackedTrainer],
     tuned: TunedModel,
@@ -175,6 +186,7 @@ def build_trainer(
     survival: Survival,
     total_steps: int,
     costs: StepCosts,
+    answers: Answers | None,
 ) -> PackedTrainer:
     """The trainer with its optimizer; the schedule is tried out, so that all that can be wrong with the arguments is wrong before the first write.
 
@@ -182,8 +194,9 @@ def build_trainer(
         InputError: a tracker, optimizer or schedule that cannot be had with these arguments.
     """
     try:
-        trackers, offloads = guarded_trackers(args, record), record["activation_offloading"]
+        trackers, offloads = guarded_trackers(args, record, answers.examples if answers else []), record["activation_offloading"]
         trainer = make(tuned, processing, args, train, evaluation, rates, trackers, survival, costs, offloads)
+        trainer.answers = answers
         trainer.create_optimizer()
         trial = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         settings: Any = args.lr_scheduler_kwargs or {}

@@ -20,6 +20,7 @@ from transformers.integrations import WandbCallback, get_reporting_integration_c
 from interlace.arguments import is_main_process
 from interlace.errors import InputError
 from interlace.redaction import SECRET_NAME, readable, without_secrets
+from interlace.training.answering import Example
 from interlace.training.clock import PREFERENCE_PHASES
 
 matplotlib.use("Agg")
@@ -61,6 +62,7 @@ SHOWN = (
     "mfu",
     "eval_loss",
     "eval_token_accuracy",
+    "eval_score",
     "eval_rewards/accuracies",
     "eval_rewards/margins",
     "eval_rewards/blank_gap",
@@ -119,28 +121,29 @@ def time_budget(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return lines + ([("MFU", f"{sum(utilisation) / len(utilisation):.1%}")] if utilisation else [])
 
 
-def guarded_trackers(args: TrainingArguments, record: Mapping[str, Any]) -> list[TrainerCallback]:
+def guarded_trackers(args: TrainingArguments, record: Mapping[str, Any], examples: Sequence[Example] = ()) -> list[TrainerCallback]:
     """The trackers that `report_to` names, and takes them out of `args`, so that the Trainer adds none of its own.
 
     Args:
         record: the resolved arguments without secrets, for a tracker that keeps them.
+        examples: answers of the latest evaluation, for a tracker that shows pictures.
 
     Raises:
         InputError: a tracker that is not known or not installed.
     """
     try:
         kinds = get_reporting_integration_callbacks(args.report_to)
-        trackers = [_wandb_tracker(record) if kind is WandbCallback else kind() for kind in kinds]
+        trackers = [_wandb_tracker(record, examples) if kind is WandbCallback else kind() for kind in kinds]
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"report_to: {error}") from error
     args.report_to = []
     return [GuardedTracker(tracker) for tracker in trackers]
 
 
-def _wandb_tracker(record: Mapping[str, Any]) -> TrainerCallback:
+def _wandb_tracker(record: Mapping[str, Any], examples: Sequence[Example]) -> TrainerCallback:
     from interlace.training.weights_and_biases import WandbTracker  # imports wandb, which other runs need not wait for
 
-    return WandbTracker(record)
+    return WandbTracker(record, examples)
 
 
 def _number(value: float) -> str:

@@ -24,6 +24,7 @@ from interlace.model.forward import RowScores, model_inputs
 from interlace.model.loading import Processing
 from interlace.model.losses import supervised_loss
 from interlace.model.tuning import TunedModel, parameter_groups
+from interlace.training.answering import Answers
 from interlace.training.clock import peak_flops
 from interlace.training.offloading import OffloadedActivations
 from interlace.training.planned import PlannedRows, PlannedTrainer, take
@@ -47,6 +48,7 @@ class PackedTrainer(PlannedTrainer):
     """
 
     num_weights = 1
+    answers: Answers | None = None  # to questions that every evaluation asks
 
     def __init__(
         self,
@@ -267,11 +269,20 @@ class PackedTrainer(PlannedTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(packed, self.eval_rows).items()}
         packed.train(training)
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(self.eval_rows.rows))
+        if self.answers is not None:
+            start = time.time()
+            found = self.answers.scores(self.tuned, self.model_wrapped, self.args, self.survival.ranks, self.state.global_step, self._before_answers)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            metrics[f"{metric_key_prefix}_generate_runtime"] = round(time.time() - start, 4)
         self.clock.mark("")
         self._evaluated_step = self.state.global_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _before_answers(self) -> None:
+        self.check_stop(None)
+        self.survival.watch.at(self.state.global_step, "answering")
 
     @property
     def callable_model(self) -> nn.Module:

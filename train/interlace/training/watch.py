@@ -20,7 +20,7 @@ from typing import Any
 from torch.distributed import DistError, TCPStore
 
 from interlace.errors import RunError, Stopped
-from interlace.training.ranks import Ranks
+from interlace.ranks import Ranks
 
 _VERDICT = "verdict"
 _SHOWN = 8

@@ -3,17 +3,21 @@
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import wandb
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
+from interlace.data.media import open_images
 from interlace.redaction import readable, tells_secrets
+from interlace.training.answering import Example
 
+STRIP_HEIGHT = 224
 RUN_ID_FILE = "wandb_run_id.txt"
 INIT_SECONDS, FINISH_SECONDS = 6, 60
 
@@ -26,11 +30,12 @@ class WandbTracker(WandbCallback):
 
     Args:
         record: the resolved arguments without secrets.
+        examples: answers of the latest evaluation; filled by the trainer.
     """
 
-    def __init__(self, record: Mapping[str, Any]):
+    def __init__(self, record: Mapping[str, Any], examples: Sequence[Example] = ()):
         super().__init__()
-        self.record = dict(record)
+        self.record, self.examples = dict(record), examples
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **more: Any) -> None:
         """Opens the run, if none is open, and records the configuration."""
@@ -45,6 +50,15 @@ class WandbTracker(WandbCallback):
         if state.is_world_process_zero:
             wandb.config.update({"interlace": self.record}, allow_val_change=True)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # type: ignore[override]
+        """Shows questions with their images and answers."""
+        if state.is_world_process_zero and wandb.run is not None and self.examples:
+            table = wandb.Table(columns=["step", "id", "images", "question", "answer", "reference"])
+            for example in self.examples:
+                images = wandb.Image(side_by_side(open_images(example.images))) if example.images else None
+                table.add_data(state.global_step, example.identifier, images, example.question, example.prediction, example.reference)
+            wandb.log({"eval/answers": table}, commit=False)
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # type: ignore[override]
         """Closes the run; what W&B has not taken within a minute stays on disk."""
         super().on_train_end(args, state, control, **more)
@@ -54,6 +68,17 @@ class WandbTracker(WandbCallback):
                 wandb.run.finish()
             except TimeoutError:
                 tqdm.write(f"W&B did not take everything within {FINISH_SECONDS} seconds; upload the rest with: wandb sync {folder}")
+
+
+def side_by_side(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
+    """Images in order in one strip, each at most `STRIP_HEIGHT` pixels high."""
+    small = [image.resize((max(1, image.width * min(STRIP_HEIGHT, image.height) // image.height), min(STRIP_HEIGHT, image.height))) for image in images]
+    strip = PIL.Image.new("RGB", (sum(image.width + 4 for image in small) - 4, max(image.height for image in small)), "white")
+    place = 0
+    for image in small:
+        strip.paste(image, (place, 0))
+        place += image.width + 4
+    return strip
 
 
 def open_wandb(run_id: str, name: str | None) -> None:

@@ -11,6 +11,17 @@ from torch import distributed
 from interlace.errors import InputError
 
 Answer = TypeVar("Answer")
+_A_DAY = 86_400.0
+
+
+def join() -> "Ranks":
+    """The processes that torchrun started to share work that needs no gradients; this one alone without it.
+
+    Those that are done wait for the others as long as it takes: torchrun ends all if one of them fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=_A_DAY))
+    return Ranks(_A_DAY)
 
 
 class Ranks:

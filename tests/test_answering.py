@@ -1,0 +1,96 @@
+"""Answers to evaluation rows during training: what is asked, scored, kept and shown."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from interlace.arguments import SCHEMA_PATH, resolve
+from interlace.inference.evaluation import predict, read_questions
+from interlace.inference.generation import load_generator
+from interlace.inference.metrics import score
+from interlace.training.supervised import finetune
+from interlace.training.weights_and_biases import STRIP_HEIGHT, side_by_side
+from tests.conftest import fast_first, write_rows
+
+Make = Callable[..., dict[str, Any]]
+
+
+def history(folder: str) -> list[dict[str, float]]:
+    entries: list[dict[str, float]] = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return entries
+
+
+@pytest.mark.parametrize(
+    "changes",
+    fast_first(
+        [
+            {"lora": True, "lora_rank": 4},
+            {"tunable_parts": "vision_tower,projector,language_model"},
+            {"lora": True, "bf16": True, "gradient_checkpointing": True},
+        ],
+        1,
+    ),
+)
+def test_a_run_answers_as_its_result_does_afterwards_and_trains_as_it_would_without(
+    rows_file: Path, tmp_path: Path, make_arguments: Make, changes: dict[str, Any]
+) -> None:
+    test_rows = write_rows(tmp_path / "test", 10, seed=1)
+    dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(test_rows)}]}
+    asks = {"eval_generate": True, "eval_generate_rows": 6, "eval_generate_max_new_tokens": 6, "eval_on_start": True, "per_device_eval_batch_size": 4}
+    given = {"dataset": dataset, "eval_strategy": "steps", "eval_steps": 2, **changes}
+    losses = []
+    for name, more in (("asked", asks), ("silent", {})):
+        arguments = make_arguments(rows_file, **given, **more, output_dir=str(tmp_path / name))
+        finetune(arguments)
+        losses.append([entry["loss"] for entry in history(arguments["output_dir"]) if "loss" in entry])
+    assert losses[0] == losses[1]
+    written = [[json.loads(line) for line in (tmp_path / "asked" / "eval_answers" / f"step-{step}.jsonl").read_text().splitlines()] for step in (0, 2, 4)]
+    logged = [entry for entry in history(str(tmp_path / "asked")) if "eval_score" in entry]
+    assert [entry["eval_score"] for entry in logged] == [score(rows)["overall"]["score"] for rows in written]
+    assert {name for name in logged[-1] if name.startswith("eval_score/")} == {f"eval_score/{name}" for name in score(written[-1])["datasets"]}
+    assert [row["id"] for row in written[0]] == ["0", "1", "3", "5", "7", "9"]
+    generator = load_generator(str(tmp_path / "asked"), "bfloat16" if changes.get("bf16") else None)
+    outcomes = read_questions({"data_files": str(test_rows)}, generator, 4096, 50_000_000)
+    expected = [row for row in predict(generator, outcomes, 4, 6) if row["id"] in {row["id"] for row in written[-1]}]
+    assert [{**row, "metadata": None} for row in written[-1]] == [{**row, "metadata": None} for row in expected]
+    assert not (tmp_path / "silent" / "eval_answers").exists()
+
+
+def test_the_best_checkpoint_may_be_chosen_by_the_score(rows_file: Path, tmp_path: Path, make_arguments: Make) -> None:
+    dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(rows_file)}]}
+    chooses = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    asks = {"eval_generate": True, "eval_generate_rows": 12, "eval_generate_max_new_tokens": 6, "eval_strategy": "steps", "eval_steps": 2}
+    arguments = make_arguments(rows_file, dataset=dataset, max_steps=20, **asks, **chooses)
+    finetune(arguments)
+    state = json.loads((Path(arguments["output_dir"]) / "trainer_state.json").read_text())
+    scores = {entry["step"]: entry["eval_score"] for entry in state["log_history"] if "eval_score" in entry}
+    assert state["best_metric"] == max(scores.values()) > 0
+    assert scores[state["best_global_step"]] == state["best_metric"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "eval_generate needs eval_strategy"),
+        ({"eval_generate": False, "eval_strategy": "epoch", "metric_for_best_model": "eval_score"}, "metric_for_best_model: expected eval_loss"),
+        ({"eval_strategy": "epoch", "metric_for_best_model": "eval_scores"}, "or eval_score or"),
+        ({"eval_strategy": "epoch", "eval_generate_rows": 0}, "eval_generate_rows: expected at least 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    dataset = {"train": [{"data_files": "demo"}], "eval": [{"data_files": "demo"}]}
+    config = {"model_name_or_path": "demo", "output_dir": str(tmp_path), "dataset": dataset, "eval_generate": True, **changes}
+    problems = resolve(config, json.loads(SCHEMA_PATH.read_text())["properties"], dict.fromkeys(config, "test"))[1]
+    assert any(message in problem for problem in problems), problems
+
+
+def test_images_stand_side_by_side() -> None:
+    images = [PIL.Image.new("RGB", size, color) for size, color in (((10, 20), "red"), ((2000, 1000), "blue"), ((3, 900), "lime"))]
+    strip = side_by_side(images)
+    assert strip.size == (10 + 4 + 2 * STRIP_HEIGHT + 4 + 1, STRIP_HEIGHT)
+    assert strip.getpixel((9, 19)) == (255, 0, 0) and strip.getpixel((9, 20)) == (255, 255, 255)
+    assert strip.getpixel((14, STRIP_HEIGHT - 1)) == (0, 0, 255) and strip.getpixel((strip.width - 1, 0)) == (0, 255, 0)
