@@ -99,3 +99,8 @@ def _categories(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 def _is_complete(categories: Mapping[str, Mapping[str, Any]]) -> bool:
     return len(categories) == len(CATEGORIES) and not any("missing" in value for value in categories.values())
+
+
+def row_scores(predictions: Sequence[Prediction]) -> list[float | None]:
+    """The score of each row by its own rule, 0..1; None where the rule leaves it out."""
+    return [_scored(row).score for row in predictions]
