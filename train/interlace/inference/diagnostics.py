@@ -2,7 +2,8 @@
 
 `shuffled`: every image moves to the place of another one. `references`: two images trade places, so that what the text says of one of them, in whatever
 words, means the other. `blanked`: one image, and once all of them, is grey. `dropped`: one image is gone with its tokens. `swapped`: all images are another
-row's. The text is never changed; nor, but for `dropped`, is the number of tokens. Frames of videos are images here.
+row's. The text is never changed; nor, but for `dropped`, is the number of tokens: an image that is left alone may get more of them (LLaVA-NeXT cuts it into
+tiles). Frames of videos are images here.
 """
 
 import json
@@ -105,7 +106,7 @@ class Ablations:
         images = row.images[:image] + row.images[image + 1 :]
         tokens = tuple(self.processing.row_image_tokens([opened.size for opened in open_images(images)])) if images else ()
         encoded = replace(encoded, num_images=encoded.num_images - 1, **changed)
-        return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens))
+        return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens), prefix_ids=0, prefix_images=0)
 
 
 def shuffled(images: Sequence[Place], random_of_row: random.Random) -> list[int] | None:
