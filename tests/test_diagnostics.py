@@ -19,7 +19,8 @@ from interlace.inference.diagnostics import Ablated, Ablations, ablate, diagnosi
 from interlace.inference.evaluation import predict, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator
 from tests import small_families, test_families
-from tests.conftest import DEMO_MODEL
+from tests.conftest import DEMO_MODEL, write_rows
+from tests.test_scripts import run
 
 LETTERS = "ABCD"
 NAMES = ["wide", "tall", "square", "large"]
@@ -252,3 +253,16 @@ def test_drops_by_hand() -> None:
     assert {name: value["drop"] for name, value in one["num_images"].items()} == {"1": 0.0, "2": 0.5}
     assert found["ablations"]["all_blanked"]["images"] == {}
     assert found["insensitive"] == {"count": 1, "of": 2, "score": 1.0, "rows": [{"id": 1, "dataset": "x"}]}
+
+
+def test_the_script_diagnoses_and_reports(tmp_path: Path) -> None:
+    data = write_rows(tmp_path, 8)
+    words = ["--model-path", "demo", "--data-files", data, "--max-new-tokens", "8", "--diagnose-rows", "4", "--report-rows", "3"]
+    done = run("evaluate_model.py", *words, "--diagnose", "shuffled", "dropped", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
+    assert set(found["ablations"]) == {"shuffled", "dropped"} and found["rows"] == 4
+    assert "shuffled" in done.stdout and str(tmp_path / "out" / "diagnostics.json") in done.stdout
+    assert "With the images changed" in (tmp_path / "out" / "report.html").read_text()
+    wrong = run("evaluate_model.py", *words, "--diagnose", "shufled", "--output-dir", tmp_path / "never")
+    assert (wrong.returncode, "shufled" in wrong.stderr, (tmp_path / "never").exists()) == (2, True, False)

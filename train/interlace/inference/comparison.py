@@ -17,25 +17,29 @@ from interlace.inference.metrics import row_scores
 Prediction = Mapping[str, Any]  # id, reference, metadata; answered ones have `prediction`
 RESAMPLES = 10_000
 RIGHT = 0.5  # a row with this score or more counts as right
-_MOST_VALUES = 10_000_000  # drawn at a time
+_FEW_VALUES = 32  # scores are mostly 0 or 1
+_MOST_DRAWN = 10_000_000  # rows at a time
 _MOST_NAMES = 10  # of rows in a message
 _MOST_EXAMPLES = 100  # of rows that both models get wrong
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """The 95% percentile bootstrap interval of the mean of (N,) values, from 10,000 resamples; None for fewer than two values.
-
-    How often each distinct value comes in a resample is one multinomial draw: the same distribution as drawing the rows one by one, and as
-    scores are mostly 0 or 1, thousands of times faster.
-    """
+    """The 95% percentile bootstrap interval of the mean of (N,) values, from 10,000 resamples; None for fewer than two values."""
     if len(values) < 2:
         return None
-    distinct, counts = np.unique(values, return_counts=True)
-    random, size = np.random.default_rng(seed), max(_MOST_VALUES // len(distinct), 1)
-    sizes = [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
-    means = np.concatenate([random.multinomial(len(values), counts / len(values), number) @ distinct for number in sizes]) / len(values)
+    means = np.concatenate(list(_resampled_means(values, np.random.default_rng(seed))))
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, draws: np.random.Generator) -> Iterator[np.ndarray]:
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= _FEW_VALUES:  # how often each comes is one draw: the same distribution, and no work per row
+        yield draws.multinomial(len(values), counts / len(values), RESAMPLES) @ distinct / len(values)
+        return
+    size = max(_MOST_DRAWN // len(values), 1)
+    for start in range(0, RESAMPLES, size):
+        yield values[draws.integers(0, len(values), (min(size, RESAMPLES - start), len(values)))].mean(axis=1)
 
 
 def of_groups(rows: Sequence[Any], groups: Mapping[str, Callable[[Any], str | None]], summary: Callable[[Sequence[Any]], Any]) -> dict[str, dict[str, Any]]:

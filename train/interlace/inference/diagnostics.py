@@ -34,7 +34,7 @@ _MOST_TRIES = 50  # for a partner without an image in common
 
 @dataclass(frozen=True)
 class Ablated:
-    """A row's answer with images changed: `number` of the row, `image` (from 1) that was changed if it was one of several or the only one.
+    """The answer to row `number` with images changed; `image` says which, from 1, where it was one of them.
 
     `before` and `score` are the scores of the answers to the row as it is and as it was changed.
     """
@@ -63,7 +63,7 @@ class Ablations:
 
     def of(self, name: str, row: Row) -> Iterator[tuple[str, int | None, Row]]:
         """(name, image, row) for every way in which the row can be changed so; nothing where it cannot."""
-        random_of_row = random.Random(f"{self.seed} {name} {row.file} {row.index}")
+        random_of_row = random.Random(f"{self.seed} {name} {Path(row.file).name} {row.index}")
         match name:
             case "shuffled" | "references":
                 order = shuffled(row.images, random_of_row) if name == "shuffled" else traded(row.images, random_of_row)
