@@ -8,64 +8,102 @@ from interlace.errors import InputError, run_script
 from interlace.inference.metrics import METRICS
 from interlace.inference.predictions import metrics_table, read_predictions, write_scores
 
+ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
+
 
 def main() -> None:
+    options = read_options()
+    from interlace.inference.comparison import comparison_table, matched, read_earlier, write_comparison
+    from interlace.inference.diagnostics import ablate, diagnosis_table, write_diagnosis
+    from interlace.inference.evaluation import predict, prediction_of, read_questions
+    from interlace.inference.generation import load_generator
+    from interlace.inference.partial import PartialPredictions, fingerprint_of
+    from interlace.inference.references import read_expected, with_references
+    from interlace.inference.report import Evaluation, report
+    from interlace.ranks import join
+
+    files = "demo" if options.data_files == ["demo"] else options.data_files
+    entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
+    earlier = None if options.compare_with is None else read_earlier(options.compare_with, options.output_dir)
+    ranks, questions, ablated, partial = join(), None, [], None
+    if options.predictions is not None:
+        predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
+        if files:
+            predictions, others = with_references(predictions, read_expected(entry), options.metric)
+            print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
+    else:
+        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit)
+        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, options.metric, ranks)
+        if earlier is not None:
+            matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
+        settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
+        partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
+        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
+    earlier = None if earlier is None else matched(earlier, predictions)
+    if ranks.is_main:
+        metrics = write_scores(options.output_dir, predictions)
+        print(metrics_table(metrics))
+    if partial is not None and ranks.is_main:
+        partial.remove()
+    if options.diagnose is not None:
+        sizes = options.batch_size, options.max_new_tokens, options.diagnose_rows
+        ablated = ablate(generator, questions, predictions, options.diagnose or ABLATIONS, *sizes, options.seed, ranks)
+    if not ranks.is_main:
+        return
+    comparison = diagnosis = None
+    if earlier is not None:
+        comparison = write_comparison(options.output_dir, earlier, predictions, options.seed)
+        print(f"\n{comparison_table(comparison)}")
+    if options.diagnose is not None:
+        diagnosis = write_diagnosis(options.output_dir, ablated, predictions, options.seed)
+        print(f"\n{diagnosis_table(diagnosis)}")
+    names = str(options.model_path or options.predictions), " ".join(options.data_files or ())
+    evaluation = Evaluation(*names, predictions, metrics, questions, str(options.compare_with), earlier, comparison, ablated, diagnosis)
+    (options.output_dir / "report.html").write_text(report(evaluation, options.report_rows), encoding="utf-8")
+    written = {"predictions.jsonl": True, "metrics.json": True, "comparison.json": comparison, "diagnostics.json": diagnosis, "report.html": True}
+    print("\n" + "\n".join(str(options.output_dir / name) for name, there in written.items() if there))
+
+
+def read_options() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        InputError: options that do not go together, or out of range.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", help='model or adapter folder, hub id, or "demo"')
     parser.add_argument("--data-files", nargs="+", metavar="F", help='files in any training format, or "demo"')
     parser.add_argument("--split", choices=("train", "validation", "test"), help="which set of the demo, with --data-files demo")
     parser.add_argument("--image-folder", metavar="D", help="where image paths start; default: the data file's folder")
-    parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl and metrics.json")
-    parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="score these predictions; needs no model. With --data-files, references come from there"
-    )
-    parser.add_argument(
-        "--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {', '.join(METRICS)}; default: exact_match"
-    )
+    parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl, metrics.json and report.html")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; needs no model. With --data-files, references come from there")
+    words = ", ".join(METRICS)
+    parser.add_argument("--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {words}; default: exact_match")
+    parser.add_argument("--compare-with", type=Path, metavar="P", help="an earlier model's predictions.jsonl, or its output folder: which rows changed")
+    parser.add_argument("--diagnose", nargs="*", choices=ABLATIONS, metavar="A", help=f"ask again with images changed: {', '.join(ABLATIONS)}; alone: all")
+    parser.add_argument("--diagnose-rows", type=int, default=1000, metavar="N", help="how many rows are asked again, evenly from all; 0: all")
+    parser.add_argument("--report-rows", type=int, default=100, metavar="N", help="how many rows report.html shows")
+    parser.add_argument("--seed", type=int, default=0, help="of --diagnose and of bootstrap intervals")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--max-length", type=int, default=32768, help="longest question with its answer, in tokens")
     parser.add_argument("--max-image-pixels", type=int, default=50_000_000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
-    parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
-    parser.add_argument("--load-in-8bit", action="store_true", help="needs the quantization extra")
+    for bits in ("4", "8"):
+        parser.add_argument(f"--load-in-{bits}bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
-    if options.metric not in (None, *METRICS):
-        raise InputError(f"--metric: no metric {options.metric!r}{did_you_mean(options.metric, METRICS)}; expected one of {', '.join(METRICS)}")
-    if options.batch_size < 1 or options.max_new_tokens < 1:
-        raise InputError("--batch-size and --max-new-tokens: expected at least 1")
-    if options.output_dir.exists() and not options.output_dir.is_dir():
-        raise InputError(f"{options.output_dir} is a file; expected a folder")
-    if options.load_in_4bit and options.load_in_8bit:
-        raise InputError("--load-in-4bit and --load-in-8bit: expected one of them")
-    if options.predictions is None and not (options.model_path and options.data_files):
-        raise InputError("expected --model-path and --data-files, or --predictions FILE")
-    files = "demo" if options.data_files == ["demo"] else options.data_files
-    entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
-    if options.predictions is None:
-        from interlace.inference.evaluation import check_metrics, predict, read_questions
-        from interlace.inference.generation import load_generator
-        from interlace.inference.partial import PartialPredictions, fingerprint_of
-        from interlace.ranks import join
-
-        ranks = join()
-        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit)
-        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, ranks)
-        check_metrics(questions, options.metric)
-        settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
-        partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
-        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
-        if not ranks.is_main:
-            return
-    else:
-        predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
-        if files:
-            from interlace.inference.references import read_expected, with_references
-
-            predictions, others = with_references(predictions, read_expected(entry), options.metric)
-            print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
-    print(metrics_table(write_scores(options.output_dir, predictions, options.metric)))
-    print(f"\n{options.output_dir / 'predictions.jsonl'}\n{options.output_dir / 'metrics.json'}")
+    problems = {
+        f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {words}": options.metric not in (None, *METRICS),
+        "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,
+        "--diagnose-rows, --report-rows and --seed: expected at least 0": min(options.diagnose_rows, options.report_rows, options.seed) < 0,
+        f"{options.output_dir} is a file; expected a folder": options.output_dir.exists() and not options.output_dir.is_dir(),
+        "--load-in-4bit and --load-in-8bit: expected one of them": options.load_in_4bit and options.load_in_8bit,
+        "expected --model-path and --data-files, or --predictions FILE": not options.predictions and not (options.model_path and options.data_files),
+        "--diagnose asks the model; it does not go with --predictions": options.predictions is not None and options.diagnose is not None,
+    }
+    if any(problems.values()):
+        raise InputError("\n  ".join(problem for problem, holds in problems.items() if holds))
+    return options
 
 
 if __name__ == "__main__":

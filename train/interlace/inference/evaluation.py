@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
@@ -16,14 +17,20 @@ from interlace.data.sources import read_entries
 from interlace.inference.generation import Generator, Prompt
 from interlace.inference.metrics import check_rows
 from interlace.inference.partial import PartialPredictions
+from interlace.inference.predictions import told_apart
 from interlace.ranks import Ranks
 
 
-def read_questions(entry: dict[str, Any], generator: Generator, max_length: int, max_image_pixels: int, ranks: Ranks | None = None) -> list[Outcome]:
+def read_questions(
+    entry: dict[str, Any], generator: Generator, max_length: int, max_image_pixels: int, metric: str | None = None, ranks: Ranks | None = None
+) -> list[Outcome]:
     """The checked rows of a dataset entry, each with a reference answer, on every rank.
 
+    Args:
+        metric: see `questions_of`.
+
     Raises:
-        InputError: bad rows, listed with file and index.
+        InputError: bad rows, or rows that cannot be scored, listed with file and index.
     """
     processing = generator.processing
     kept = MediaFolder(default_cache_dir() / "media")
@@ -31,7 +38,28 @@ def read_questions(entry: dict[str, Any], generator: Generator, max_length: int,
     records = tqdm(records_of(read_entries([entry], 0)), desc="checking rows", unit="row", leave=False, disable=ranks is not None and not ranks.is_main)
     outcomes = list(reader.outcomes(iter(records)))
     check_ledger(Ledger.of([outcome.entry for outcome in outcomes]), "error", "error", None)
-    return outcomes
+    return questions_of(outcomes, metric)
+
+
+def questions_of(outcomes: Sequence[Outcome], metric: str | None = None) -> list[Outcome]:
+    """The rows with ids that are told apart, and `metric` as that of rows that do not say how they are scored.
+
+    Raises:
+        InputError: rows that cannot be scored, before hours go into their answers; see `check_rows`.
+    """
+    names = told_apart([_sample(outcome).identifier or f"{outcome.record.file}:{outcome.record.index}" for outcome in outcomes])
+    asked = {"default_metric": metric} if metric else {}
+    found = []
+    for outcome, name in zip(outcomes, names, strict=True):
+        sample = _sample(outcome)
+        found.append(replace(outcome, sample=replace(sample, identifier=name, metadata={**sample.metadata, **asked})))
+    check_rows(((f"{outcome.record.file}: row {outcome.record.index}", _sample(outcome).metadata) for outcome in found), metric)
+    return found
+
+
+def _sample(outcome: Outcome) -> Sample:
+    assert isinstance(outcome.sample, Sample)
+    return outcome.sample
 
 
 def question_of(outcome: Outcome, generator: Generator) -> Prompt:
@@ -73,7 +101,7 @@ def predict(
                     partial.add(found)
             bar.update(sum(map(len, of_rank)))
     answers = {number: text for of_rank in ranks.gather(answers) for number, text in of_rank.items()}
-    return [_prediction(outcome, answers[i]) for i, outcome in enumerate(outcomes)]
+    return [prediction_of(outcome, answers[i]) for i, outcome in enumerate(outcomes)]
 
 
 def batches_of(outcomes: Sequence[Outcome], batch_size: int) -> list[list[int]]:
@@ -126,22 +154,9 @@ def _answers(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: in
     return _answers(generator, prompts[:half], max_new_tokens) + _answers(generator, prompts[half:], max_new_tokens)
 
 
-def _prediction(outcome: Outcome, answer: str) -> dict[str, Any]:
-    sample, record, row = outcome.sample, outcome.record, outcome.row
-    assert isinstance(sample, Sample) and row is not None
-    return {
-        "id": sample.identifier or f"{record.file}:{record.index}",
-        "prediction": answer,
-        "reference": sample.turns[-1].text,
-        "metadata": {"dataset": record.source.name, **sample.metadata, "num_images": len(row.images)},
-    }
-
-
-def check_metrics(outcomes: Sequence[Outcome], metric: str | None) -> None:
-    """Whether the rows can be scored, before hours go into their answers; see `check_rows`.
-
-    Raises:
-        InputError: what keeps them from it.
-    """
-    samples = [(outcome.record, outcome.sample) for outcome in outcomes]
-    check_rows(((f"{record.file}: row {record.index}", sample.metadata) for record, sample in samples if sample is not None), metric)
+def prediction_of(outcome: Outcome, answer: str) -> dict[str, Any]:
+    """A line of `predictions.jsonl`."""
+    sample, row = _sample(outcome), outcome.row
+    assert row is not None
+    metadata = {"dataset": outcome.record.source.name, **sample.metadata, "num_images": len(row.images)}
+    return {"id": sample.identifier, "prediction": answer, "reference": sample.turns[-1].text, "metadata": metadata}

@@ -181,3 +181,9 @@ def _categories(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 def _is_complete(categories: Mapping[str, Mapping[str, Any]]) -> bool:
     return len(categories) == len(CATEGORIES) and not any("missing" in value for value in categories.values())
+
+
+def row_scores(predictions: Sequence[Prediction]) -> list[float | None]:
+    """The score of each row by its own rule, 0..1; None where it does not count, and where rows are scored together: BLEU, CIDEr."""
+    rows = [_scored(row, metric_of(row["metadata"])) for row in predictions]
+    return [None if METRICS[row.metric].corpus else row.score for row in rows]

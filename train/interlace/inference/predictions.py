@@ -37,6 +37,9 @@ def told_apart(names: Sequence[str]) -> list[str]:
 def read_predictions(path: Path, metric: str | None = None, needs_reference: bool = True) -> list[dict[str, Any]]:
     """Reads `predictions.jsonl`; with `needs_reference` false, id and prediction are enough.
 
+    Args:
+        metric: of rows that do not say how they are scored, from now on; None for the one that they were scored by.
+
     Raises:
         InputError: missing, broken, without its keys, an id that comes twice, or rows that cannot be scored.
     """
@@ -53,7 +56,8 @@ def read_predictions(path: Path, metric: str | None = None, needs_reference: boo
     if repeated:
         raise InputError(f"{path}: {few(repeated, 'id')} more than once; expected one prediction for each row")
     check_rows(((where, row["metadata"]) for where, row in rows), metric)
-    return [row for _, row in rows]
+    asked = {"default_metric": metric} if metric else {}
+    return [{**row, "metadata": {**row["metadata"], **asked}} for _, row in rows]
 
 
 def _prediction(line: str, where: str, needs_reference: bool) -> dict[str, Any]:
@@ -69,14 +73,11 @@ def _prediction(line: str, where: str, needs_reference: bool) -> dict[str, Any]:
     return row
 
 
-def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]], metric: str | None = None) -> dict[str, Any]:
-    """Writes `predictions.jsonl`, with ids that are told apart and the metric that was asked for, and `metrics.json`; returns the metrics."""
+def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Writes `predictions.jsonl` and `metrics.json`; returns the metrics."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    names = told_apart([str(row["id"]) for row in predictions])
-    asked = {"default_metric": metric} if metric else {}
-    rows = [{**row, "id": name, "metadata": {**row["metadata"], **asked}} for row, name in zip(predictions, names, strict=True)]
-    _write(output_dir / "predictions.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    metrics = score(rows)
+    _write(output_dir / "predictions.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in predictions))
+    metrics = score(predictions)
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
     return metrics
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from interlace.data.reading import Headers, Outcome, Row, RowReader, records_of
 from interlace.data.sample import Place, Sample
 from interlace.data.sources import read_entries
-from interlace.inference.evaluation import predict
+from interlace.inference.evaluation import predict, questions_of
 from interlace.inference.generation import Generator
 from interlace.inference.metrics import score
 from interlace.model.loading import Processing
@@ -101,7 +101,7 @@ def questions(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]], reader:
         place = record.file, record.index
         if place in wanted and place not in found:
             found[place] = reader.read(record, headers)
-    return [outcome for outcome in found.values() if isinstance(outcome.sample, Sample) and outcome.row is not None]
+    return questions_of([outcome for outcome in found.values() if isinstance(outcome.sample, Sample) and outcome.row is not None])
 
 
 @contextmanager

@@ -1,0 +1,274 @@
+"""Does a model look at the images, at the right one, in their order? Its answers to the same questions with images changed.
+
+`shuffled`: every image moves to the place of another one. `references`: two images trade places, so that what the text says of one of them, in whatever
+words, means the other. `blanked`: one image, and once all of them, is grey. `dropped`: one image is gone with its tokens. `swapped`: all images are another
+row's. The text is never changed; nor, but for `dropped`, is the number of tokens: an image that is left alone may get more of them (LLaVA-NeXT cuts it into
+tiles). Frames of videos are images here.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from interlace.data.lengths import expanded_length
+from interlace.data.media import open_images
+from interlace.data.reading import Outcome, Row
+from interlace.data.sample import Place, Sample
+from interlace.inference.comparison import RESAMPLES, dataset_of, interval_text, mean_interval, num_images_of, of_groups
+from interlace.inference.evaluation import predict
+from interlace.inference.generation import Generator
+from interlace.inference.metrics import row_scores
+from interlace.model.processing import Processing
+from interlace.ranks import Ranks
+
+_GREY = (128, 128, 128)
+_MOST_TRIES = 50  # for a partner without an image in common
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """The answer to row `number` with images changed; `image` says which, from 1, where it was one of them.
+
+    `before` and `score` are the scores of the answers to the row as it is and as it was changed.
+    """
+
+    ablation: str
+    number: int
+    image: int | None
+    prediction: Mapping[str, Any]
+    before: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """Makes the changed rows: the same for the same seed and row, whatever other rows there are, but for the partners of `swapped`.
+
+    Args:
+        processing: of the model. folder: gets grey images. seed: decides what is drawn.
+        partners: row -> those whose images it may be given.
+    """
+
+    processing: Processing
+    folder: Path
+    seed: int = 0
+    partners: Mapping[tuple[str, int], Sequence[Row]] = field(default_factory=dict)
+
+    def of(self, name: str, row: Row) -> Iterator[tuple[str, int | None, Row]]:
+        """(name, image, row) for every way in which the row can be changed so; nothing where it cannot."""
+        random_of_row = random.Random(f"{self.seed} {name} {Path(row.file).name} {row.index}")
+        match name:
+            case "shuffled" | "references":
+                order = shuffled(row.images, random_of_row) if name == "shuffled" else traded(row.images, random_of_row)
+                if order is not None:
+                    yield name, None, _with_images(row, [row.images[i] for i in order], [row.image_tokens[i] for i in order])
+            case "blanked":
+                grey = self._grey(row)
+                for image in range(len(grey)):
+                    yield name, image + 1, _with_images(row, [*row.images[:image], grey[image], *row.images[image + 1 :]])
+                yield "all_blanked", None, _with_images(row, grey)
+            case "dropped":
+                for image in range(len(row.images)):
+                    yield name, image + 1, self._without(row, image)
+            case "swapped":
+                group = self.partners.get((row.file, row.index), ())
+                drawn = random_of_row.sample(group, min(len(group), _MOST_TRIES))
+                if (other := next((other for other in drawn if not set(other.images) & set(row.images)), None)) is not None:
+                    yield name, None, _with_images(row, other.images)
+
+    def _grey(self, row: Row) -> list[Place]:
+        """Grey images of the sizes of a row's own."""
+        places = []
+        for image in open_images(row.images):
+            path = self.folder / f"{image.width}x{image.height}.png"
+            if not path.exists():
+                PIL.Image.new("RGB", image.size, _GREY).save(path)
+            places.append(Place(str(path.resolve())))
+        return places
+
+    def _without(self, row: Row, image: int) -> Row:
+        """A row without one image and the newline that the template puts behind it; the others count as a model counts that many images."""
+        encoded, template = row.encoded, self.processing.template
+        start = int(np.flatnonzero(encoded.input_ids == template.image_token_id)[image])
+        end = start + 1
+        if template.style.newline_after_image and template.tokenizer.decode(encoded.input_ids[end : end + 1].tolist()) == "\n":
+            end += 1
+        kept = np.r_[0:start, end : len(encoded.input_ids)]
+        changed: dict[str, Any] = {name: getattr(encoded, name)[kept] for name in ("input_ids", "labels", "weights")}
+        changed |= {name: tuple(at - (end - start) * (at > start) for at in getattr(encoded, name)) for name in ("answer_starts", "exchange_ends")}
+        images = row.images[:image] + row.images[image + 1 :]
+        tokens = tuple(self.processing.row_image_tokens([opened.size for opened in open_images(images)])) if images else ()
+        encoded = replace(encoded, num_images=encoded.num_images - 1, **changed)
+        return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens), prefix_ids=0, prefix_images=0)
+
+
+def shuffled(images: Sequence[Place], random_of_row: random.Random) -> list[int] | None:
+    """An order of the images in which as many places as can be show another image than before: all of them, unless more than half are the same image.
+
+    None where all are the same.
+    """
+    copies = defaultdict(list)
+    for number, place in enumerate(images):
+        copies[place].append(number)
+    if len(copies) < 2:
+        return None
+    groups = random_of_row.sample(list(copies.values()), len(copies))
+    listed = [number for group in groups for number in random_of_row.sample(group, len(group))]
+    step = max(map(len, groups))  # from any copy, this far along the list stands another image, wherever that is possible
+    order = [0] * len(images)
+    for at, number in enumerate(listed):
+        order[number] = listed[(at + step) % len(listed)]
+    return order
+
+
+def traded(images: Sequence[Place], random_of_row: random.Random) -> list[int] | None:
+    """The order in which two different images have traded places; None where all are the same."""
+    pairs = [(i, j) for i in range(len(images)) for j in range(i) if images[i] != images[j]]
+    if not pairs:
+        return None
+    one, other = random_of_row.choice(pairs)
+    order = list(range(len(images)))
+    order[one], order[other] = other, one
+    return order
+
+
+def _with_images(row: Row, images: Sequence[Place], image_tokens: Sequence[int] | None = None) -> Row:
+    return replace(row, images=tuple(images), image_tokens=tuple(image_tokens or row.image_tokens))
+
+
+def partners(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], list[Row]]:
+    """For each row those of its data set whose images take as many tokens each, itself included."""
+    groups = defaultdict(list)
+    for outcome in outcomes:
+        assert outcome.row is not None and outcome.sample is not None
+        groups[str(outcome.sample.metadata.get("dataset", outcome.record.source.name)), outcome.row.image_tokens].append(outcome.row)
+    return {(row.file, row.index): group for group in groups.values() for row in group}
+
+
+def some_of(predictions: Sequence[Mapping[str, Any]], most: int) -> list[int]:
+    """Numbers of up to `most` rows with images, rising: evenly from all, in the order of their data sets and numbers of images; all for 0."""
+    able = [number for number, row in enumerate(predictions) if row["metadata"]["num_images"]]
+    able.sort(key=lambda number: (dataset_of(predictions[number]), predictions[number]["metadata"]["num_images"], number))
+    few = min(most or len(able), len(able))
+    return sorted(able[i * len(able) // few] for i in range(few))
+
+
+def ablate(
+    generator: Generator,
+    outcomes: Sequence[Outcome],
+    predictions: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    most_rows: int = 0,
+    seed: int = 0,
+    ranks: Ranks | None = None,
+) -> list[Ablated]:
+    """The answers to changed questions, each different one asked once; `predictions` are the answers to the rows as they are, one each.
+
+    Args:
+        names: see the module. most_rows: see `some_of`. ranks: see `predict`.
+
+    Raises:
+        BadRow: an image that cannot be opened.
+    """
+    numbers = some_of(predictions, most_rows)
+    before = row_scores(predictions)
+    numbers = [number for number in numbers if before[number] is not None]
+    with TemporaryDirectory(prefix="interlace-grey-") as folder:
+        ablations = Ablations(generator.processing, Path(folder), seed, partners([outcomes[number] for number in numbers]))
+        changed = [(number, *found) for number in numbers for name in names for found in ablations.of(name, _row_of(outcomes[number]))]
+        asked: dict[tuple[Any, ...], int] = {}
+        questions: list[Outcome] = []
+        for number, name, image, row in changed:
+            key = number, row.images, row.encoded.input_ids.tobytes()
+            if key not in asked:
+                asked[key] = len(questions)
+                questions.append(_question(outcomes[number], row, f"{predictions[number]['id']} {name} {image or ''}".strip()))
+        answers = predict(generator, questions, batch_size, max_new_tokens, ranks=ranks)
+    scores = row_scores(answers)
+    found = []
+    for number, name, image, row in changed:
+        place = asked[number, row.images, row.encoded.input_ids.tobytes()]
+        old, new = before[number], scores[place]
+        assert old is not None
+        if new is not None:
+            found.append(Ablated(name, number, image, answers[place], old, new))
+    return found
+
+
+def _row_of(outcome: Outcome) -> Row:
+    assert outcome.row is not None
+    return outcome.row
+
+
+def _question(outcome: Outcome, row: Row, identifier: str) -> Outcome:
+    assert isinstance(outcome.sample, Sample)
+    return replace(outcome, row=row, sample=replace(outcome.sample, identifier=identifier))
+
+
+def insensitive(ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the rows whose answer is the same when all their images are grey."""
+    return [row.number for row in ablated if row.ablation == "all_blanked" and row.prediction["prediction"] == predictions[row.number]["prediction"]]
+
+
+def diagnosis(ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The contents of `diagnostics.json`.
+
+    For every ablation `overall`, and per data set, number of images and, where one image was changed, which: how many rows (`count`), their `score` so and
+    `before`, as they are, the `drop` between with its 95% `interval` (paired bootstrap over rows, each the mean over its images; null for a single one),
+    and the share of answers that `changed`. `insensitive`: the rows whose answer was the same when all images were grey.
+    """
+    ablations = {}
+    for name in dict.fromkeys(row.ablation for row in ablated):
+        rows = [row for row in ablated if row.ablation == name]
+
+        def summary(members: Sequence[Ablated]) -> dict[str, Any]:
+            by_row = defaultdict(list)
+            for row in members:
+                by_row[row.number].append((row.before, row.score, row.prediction["prediction"] != predictions[row.number]["prediction"]))
+            before, score, changed = np.array([np.mean(values, axis=0) for values in by_row.values()]).T
+            found = {"count": len(by_row), "before": before.mean(), "score": score.mean(), "drop": (before - score).mean(), "changed": changed.mean()}
+            return {key: int(value) if key == "count" else float(value) for key, value in found.items()} | {"interval": mean_interval(before - score, seed)}
+
+        groups = {
+            "datasets": lambda row: dataset_of(predictions[row.number]),
+            "num_images": lambda row: num_images_of(predictions[row.number]),
+            "images": lambda row: None if row.image is None else str(row.image),
+        }
+        ablations[name] = {"overall": summary(rows), **of_groups(rows, groups, summary)}
+    same = insensitive(ablated, predictions)
+    of = sum(row.ablation == "all_blanked" for row in ablated)
+    right = sum(row.before for row in ablated if row.ablation == "all_blanked" and row.number in set(same))
+    names = [{"id": predictions[number]["id"], "dataset": dataset_of(predictions[number])} for number in same]
+    found = {"count": len(same), "of": of, "score": right / max(len(same), 1), "rows": names}
+    return {"seed": seed, "resamples": RESAMPLES, "rows": len({row.number for row in ablated}), "ablations": ablations, "insensitive": found}
+
+
+def write_diagnosis(output_dir: Path, ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """Writes `diagnostics.json`; returns what is in it, see `diagnosis`."""
+    diagnosed = diagnosis(ablated, predictions, seed)
+    (output_dir / "diagnostics.json").write_text(json.dumps(diagnosed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return diagnosed
+
+
+def diagnosis_table(diagnosed: Mapping[str, Any]) -> str:
+    """The diagnosis as aligned lines of text."""
+    lines = [f"{'images changed, 95% interval':28s} {'before':>7s} {'so':>7s} {'drop':>7s}"]
+    for name, values in diagnosed["ablations"].items():
+        for group, value in [(name, values["overall"]), *((f"  image {image}", value) for image, value in values["images"].items())]:
+            lines.append(
+                f"{group:28s} {value['before']:7.1%} {value['score']:7.1%} {value['drop']:+7.1%} {interval_text(value['interval']):17s} of {value['count']:,}"
+            )
+    same = diagnosed["insensitive"]
+    if same["of"]:
+        lines.append(f"{same['count']:,} of {same['of']:,} answers are the same when all images are grey")
+    return "\n".join(lines)
