@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from interlace.data.download import is_url
 from interlace.data.sample import Image, Text, media_of
@@ -206,7 +206,8 @@ class Chat:
             if name not in SETTINGS:
                 close = get_close_matches(name, SETTINGS, 1)
                 raise InputError(f"/set: no setting {name!r}; {f'did you mean {close[0]}?' if close else 'they are ' + ', '.join(SETTINGS)}")
-            sampling = dataclasses.replace(self.first.sampling, **{name: _value(name, value)})
+            changes: dict[str, Any] = {name: _value(name, value)}
+            sampling = dataclasses.replace(self.first.sampling, **changes)
             for dialogue in self.dialogues:
                 dialogue.sampling = sampling
         print("  ".join(f"{name} {getattr(self.first.sampling, name)}" for name in SETTINGS))

@@ -274,7 +274,7 @@ class _Draw:
     def __call__(self, logits: torch.Tensor, answer: list[int]) -> int:
         scores = logits[None]
         if self.rules:
-            scores = self.rules(torch.tensor([[*self.prompt, *answer]], device=self.device), scores)
+            scores = self.rules(torch.tensor([[*self.prompt, *answer]], device=self.device), scores)  # type: ignore[arg-type]
         if self.is_greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.random))
