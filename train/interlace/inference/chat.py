@@ -62,10 +62,11 @@ def run_terminal(*dialogues: Dialogue, names: Sequence[str] = ("model",)) -> Non
         dialogues: one, or several, of different models, that are asked the same.
         names: of the models.
     """
-    chat = Chat(dialogues, Screen(names))
+    screen = Screen(names)
+    chat = Chat(dialogues, screen)
     if sys.stdin.isatty():
         Completer(USAGE, SETTINGS).install()
-    print(HELP)
+    screen.say(HELP)
     while True:
         try:
             line = input("\nyou: ").strip()
@@ -75,16 +76,16 @@ def run_terminal(*dialogues: Dialogue, names: Sequence[str] = ("model",)) -> Non
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print("\n(an empty line leaves)")
+            screen.say("\n(an empty line leaves)")
             continue
         if line in ("", "/exit"):
             return
         try:
             chat.take(line)
         except InputError as error:
-            print(error)
+            screen.say(str(error))
         except KeyboardInterrupt:
-            print("(stopped; what was said is kept)" if chat.has_answered else "(stopped before anything was said; the question is not kept)")
+            screen.say("(stopped; what was said is kept)" if chat.has_answered else "(stopped before anything was said; the question is not kept)")
 
 
 class Chat:
@@ -153,7 +154,7 @@ class Chat:
         images = sum(isinstance(item, Image) for item in self.first.waiting)
         videos = len(self.first.waiting) - images
         counts = [f"{count} {name}{'' if count == 1 else 's'}" for count, name in ((images, "image"), (videos, "video")) if count]
-        print(f"{' and '.join(counts)} waiting for your question")
+        self.screen.say(f"{' and '.join(counts)} waiting for your question")
 
     def _system(self, rest: str) -> None:
         before = self.first.system
@@ -163,17 +164,17 @@ class Chat:
         except InputError:
             self.first.set_system(before)
             raise
-        print(f"system prompt: {rest or 'the one of the model'}")
+        self.screen.say(f"system prompt: {rest or 'the one of the model'}")
 
     def _undo(self, rest: str) -> None:
         if self.first.waiting:
             for dialogue in self.dialogues:
                 dialogue.waiting = []
-            print("nothing is attached any more")
+            self.screen.say("nothing is attached any more")
         else:
             for dialogue in self.dialogues:
                 parts = dialogue.undo()
-            print(f"taken back: {_told(parts)}")
+            self.screen.say(f"taken back: {_told(parts)}")
 
     def _retry(self, rest: str) -> None:
         self._answer([dialogue.retry() for dialogue in self.dialogues])
@@ -181,7 +182,7 @@ class Chat:
     def _drop(self, rest: str) -> None:
         for dialogue in self.dialogues:
             dialogue.drop_oldest(int(rest or 1) if (rest or "1").isdecimal() else 0)
-        print(f"{len(self.first.turns) // 2} questions are left")
+        self.screen.say(f"{len(self.first.turns) // 2} questions are left")
 
     def _save(self, rest: str) -> None:
         words = _words(rest, "/save")
@@ -191,14 +192,14 @@ class Chat:
         save(self.dialogues, file)
         media = media_of(self.first.turns)
         folders = [Path(item.path).resolve().parent for item in media if not is_url(item.path)]
-        print(f"written to {file}{f'; its media lie below image_folder {os.path.commonpath(folders)}' if folders else ''}")
+        self.screen.say(f"written to {file}{f'; its media lie below image_folder {os.path.commonpath(folders)}' if folders else ''}")
         if len(folders) < len(media):
-            print("some are URLs, which are read with allow_urls")
+            self.screen.say("some are URLs, which are read with allow_urls")
 
     def _clear(self, rest: str) -> None:
         for dialogue in self.dialogues:
             dialogue.clear()
-        print("cleared")
+        self.screen.say("cleared")
 
     def _set(self, rest: str) -> None:
         if rest:
@@ -210,21 +211,20 @@ class Chat:
             sampling = dataclasses.replace(self.first.sampling, **changes)
             for dialogue in self.dialogues:
                 dialogue.sampling = sampling
-        print("  ".join(f"{name} {getattr(self.first.sampling, name)}" for name in SETTINGS))
+        self.screen.say("  ".join(f"{name} {getattr(self.first.sampling, name)}" for name in SETTINGS))
 
     def _history(self, rest: str) -> None:
         if self.first.system:
-            print(f"system: {self.first.system}")
+            self.screen.say(f"system: {self.first.system}")
         for number, turn in enumerate(self.first.turns):
             if turn.role == "user":
-                print(f"you: {_told(turn.parts)}")
+                self.screen.say(f"you: {_told(turn.parts)}")
             else:
                 for name, dialogue in zip(self.screen.names, self.dialogues, strict=True):
-                    print(f"{name}: {dialogue.turns[number].text}")
+                    self.screen.say(f"{name}: {dialogue.turns[number].text}")
 
     def _help(self, rest: str) -> None:
-        for name, (words, meaning) in USAGE.items():
-            print(f"{f'{name} {words}':<20}  {meaning}")
+        self.screen.table([(f"{name} {words}", meaning) for name, (words, meaning) in USAGE.items()])
 
 
 def _words(rest: str, command: str) -> list[str]:

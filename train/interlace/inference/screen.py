@@ -26,6 +26,23 @@ class Screen:
     def __init__(self, names: Sequence[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
 
+    def say(self, text: str) -> None:
+        """A message; a terminal's lines end between words."""
+        if self.console.is_terminal:
+            self.console.print(Text(_CONTROL.sub("", text)))
+        else:
+            print(text)
+
+    def table(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Names, and what they mean."""
+        if not self.console.is_terminal:
+            print("\n".join(f"{name:<20}  {meaning}" for name, meaning in rows))
+            return
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, meaning in rows:
+            table.add_row(Text(name, style="bold"), Text(meaning))
+        self.console.print(table)
+
     def answer(self, streams: Streams) -> None:
         """Shows answers while they come, each model's next piece in turn. When it ends, by an exception too, the streams are closed.
 
@@ -40,6 +57,8 @@ class Screen:
                 self._show_growing(streams, texts)
             else:
                 self._print(streams, texts)
+        if not any(texts):
+            self.say("(the model ended its answer before the first word)")
 
     def _show_growing(self, streams: Streams, texts: list[str]) -> None:
         try:
