@@ -38,7 +38,7 @@ def main() -> None:
                 path = Path(folder) / f"{turn}.png"
                 PIL.Image.fromarray(np.random.RandomState(turn).randint(0, 255, (480, 640, 3), np.uint8)).save(path)
                 dialogue.attach([str(path)])
-            before = list(dialogue.context._read)
+            before = list(dialogue.context.tokens)
             start = time.perf_counter()
             answer = dialogue.ask(f"Question {turn}: what is to be seen here, and what was there before?")
             seconds = time.perf_counter() - start
@@ -48,7 +48,7 @@ def main() -> None:
             seconds_again = time.perf_counter() - start
             if answer != again:
                 print(f"turn {turn + 1}: the answers differ: {answer!r}, {again!r}")
-            read = dialogue.context._read
+            read = dialogue.context.tokens
             known = next((i for i, (old, new) in enumerate(zip(before, read, strict=False)) if old != new), len(before))
             row = np.array([len(read) - known, len(read), seconds, seconds_again])
             totals += row

@@ -263,12 +263,12 @@ def test_options_are_checked_before_a_model_is_loaded(pictures: Path, tmp_path: 
     for words, message in (
         (["--top-p", "2", "--seed", "-1"], "top_p: expected above 0 and at most 1, got 2.0; seed"),
         (["--top-p", "0.5"], "have no effect at --temperature 0"),
-        (["--video-file", "gone.mp4"], "gone.mp4: no such video"),
-        (["--compare-with", "base"], "demo is no adapter"),
     ):
         done = run("predict_multiround.py", "--model-path", "demo", "--query", "x", *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
+    with pytest.raises(InputError, match=r"gone\.mp4: no such video"):
+        Attachments().videos(["gone.mp4"])
     film = write_video(tmp_path / "film.mp4")
     words = ["--image-file", pictures / "scan 0.png", "--video-file", film, "--num-frames", "2", "--system", "Be short.", "--compare-with", "demo"]
     done = run("predict_multiround.py", "--model-path", "demo", *words, text="<video> or <image>?\n/history\n")

@@ -192,9 +192,9 @@ def test_an_answer_that_is_spelt_otherwise_once_it_is_text_is_read_again(generat
     dialogue = Dialogue(generators("qwen2_vl"), 8)
     others = 0
     for turn in range(6):
-        read = list(dialogue.context._read)
+        read = list(dialogue.context.tokens)
         assert_exact(dialogue, f"Say {turn}")
-        others += dialogue.context._read[: len(read)] != read
+        others += dialogue.context.tokens[: len(read)] != read
     assert others  # a random model says such things
 
 
@@ -334,7 +334,7 @@ def test_an_image_that_fails_is_named_and_nothing_changes(generators: Callable[[
         PIL.Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 40, 3), np.uint8)).save(path)
     bad.write_bytes(bad.read_bytes()[:300] + b"\0" * 300 + bad.read_bytes()[600:])  # damaged inside, with its end mark
     dialogue.ask("One?")
-    turns, read = list(dialogue.turns), list(dialogue.context._read)
+    turns, read = list(dialogue.turns), list(dialogue.context.tokens)
     with pytest.raises(InputError, match=r"(?s)no\.png: no such image.*rows\.png: no such image"):
         dialogue.attach([str(good), "no.png", "rows.png"])
     assert dialogue.waiting == []
@@ -344,7 +344,7 @@ def test_an_image_that_fails_is_named_and_nothing_changes(generators: Callable[[
         dialogue.ask("These?")
     with pytest.raises(InputError, match=r"bad\.png"):
         dialogue.ask((Image(str(good)), Image(str(bad)), Text("These?")))
-    assert (dialogue.turns, dialogue.frames, dialogue.context._read) == (turns, [], read)
+    assert (dialogue.turns, dialogue.frames, dialogue.context.tokens) == (turns, [], read)
     dialogue.waiting = []
     assert_exact(dialogue, "Two?")
 

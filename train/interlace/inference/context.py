@@ -60,7 +60,7 @@ class Context:
     def _forget(self) -> None:
         # every layer keeps all it has read, those too that attend to a window: they can be cut then. Where cutting is no use they are what the model wants
         self._cache = DynamicCache() if self.can_go_on else DynamicCache(config=self.config.get_text_config())
-        self._read: list[Token] = []
+        self.tokens: list[Token] = []  # what has been read
         self._next_position = 0
 
     def spelt(self, ids: Sequence[int], frames: Sequence[Frame]) -> list[Token]:
@@ -102,7 +102,7 @@ class Context:
                 embeddings = embeddings.index_put((mask,), first.to(embeddings.dtype))
                 deeper = {"visual_pos_masks": mask, "deepstack_visual_embeds": more} if more else {}
             logits = self._forward(embeddings, positions[..., start:], **deeper)
-        self._read = list(tokens)
+        self.tokens = list(tokens)
         return logits
 
     @torch.no_grad()
@@ -111,21 +111,21 @@ class Context:
         with self._adapter():
             embeddings = self.model.get_input_embeddings()(torch.tensor([[token]], device=self.generator.device))
             logits = self._forward(embeddings, self._shaped(np.array([self._next_position])))
-        self._read.append((token, None))
+        self.tokens.append((token, None))
         self._next_position += 1
         return logits
 
     def _common_start(self, tokens: Sequence[Token]) -> int:
         """How many tokens need not be read; never all of them, as the last one's logits are wanted."""
-        most = min(len(self._read), len(tokens) - 1)
-        return next((i for i in range(most) if self._read[i] != tokens[i]), most)
+        most = min(len(self.tokens), len(tokens) - 1)
+        return next((i for i in range(most) if self.tokens[i] != tokens[i]), most)
 
     def _cut(self, length: int) -> None:
         """Leaves the first tokens in the cache. A forward pass that was broken off may have left some layers longer than others."""
         if length == 0:
             self._forget()
             return
-        self._read = self._read[:length]
+        self.tokens = self.tokens[:length]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]  # type: ignore[union-attr,index]
 
@@ -135,7 +135,7 @@ class Context:
 
     def _forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **deeper: Any) -> torch.Tensor:
         language_model = getattr(self.model.model, self.family.language_model)
-        length = len(self._read) + embeddings.shape[1]
+        length = len(self.tokens) + embeddings.shape[1]
         # the mask says that nothing is packed, whatever positions look like
         mask = torch.ones(1, length, dtype=torch.long, device=embeddings.device)
         output = language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **deeper)

@@ -72,9 +72,9 @@ class Dialogue:
         Raises:
             InputError: the model's prompt has no place for one, or the text cannot be taken.
         """
-        system = [Turn("system", (Text(text),))] if text else []
         try:
-            self.generator.processing.template.encode_prompt([*system, Turn("user", (Text("?"),))])
+            if text:
+                self.generator.processing.template.encode_prompt([Turn("system", (Text(text),)), Turn("user", (Text("?"),))])
         except BadRow as error:
             raise InputError(error.detail) from None
         if _PLACEHOLDER.search(text):
