@@ -205,8 +205,8 @@ def test_an_adapter_and_the_model_under_it_are_told_apart(family: str, generator
     plain.model.get_output_embeddings().weight.data[plain.processing.config.image_token_id] = 0
     base = load_generator(path, "float32")
     base.model.get_output_embeddings().weight.data[plain.processing.config.image_token_id] = 0
-    projector = "multi_modal_projector" if family == "llava" else "merger"
-    adapted = get_peft_model(base.model, LoraConfig(r=4, target_modules=r".*language_model.*\.[qv]_proj", modules_to_save=[projector]))
+    whole = ["multi_modal_projector", "vision_tower"] if family == "llava" else ["merger"]
+    adapted = get_peft_model(base.model, LoraConfig(r=4, target_modules=r".*language_model.*\.[qv]_proj", modules_to_save=whole))
     torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
@@ -270,6 +270,25 @@ def test_a_model_that_cannot_go_on_reads_everything_again(text_config: dict[str,
         counted, length = assert_exact(dialogue, f"And {turn}?")
         assert counted.tokens == length
         assert counted.pixels == 1  # images are not encoded again all the same
+
+
+def test_a_conversation_kept_elsewhere_goes_on_at_the_cost_of_what_is_new(generators: Callable[[str], Generator], pictures: list[str]) -> None:
+    dialogue = Dialogue(generators("qwen2_5_vl"), 4)
+    content = Path(pictures[0]).read_bytes()  # as an endpoint gets it: the bytes once more with every request
+    question = Turn("user", (Image("picture", content), Text("What?")))
+    answer = dialogue.ask(question.parts)
+    for start in ((), (Turn("system", (Text("Be short."),)),)):
+        turns = (*start, Turn("user", (Image("picture", bytes(bytearray(content))), Text("What?"))), Turn("assistant", (Text(answer),)))
+        dialogue.go_on_from(turns)
+        with counting(dialogue) as counted:
+            dialogue.ask("And?")
+        assert counted.pixels == 0
+        assert (counted.tokens > 40) == bool(start)  # another beginning is read again
+    assert (dialogue.system, len(dialogue.turns)) == ("Be short.", 4)
+    before = list(dialogue.turns)
+    with pytest.raises(InputError, match=r"gone\.png: no such image"):
+        dialogue.go_on_from([Turn("user", (Image("gone.png"),)), Turn("assistant", (Text("a"),))])
+    assert (dialogue.system, dialogue.turns) == ("Be short.", before)
 
 
 # --- what goes wrong ---

@@ -81,6 +81,22 @@ class Dialogue:
             raise InputError("images and videos belong into questions; the system prompt holds a placeholder for one")
         self.system = text
 
+    def go_on_from(self, turns: Sequence[Turn]) -> None:
+        """Takes a conversation that somebody else has kept: a system prompt or none, then questions with their answers. What it has in common with what was
+        read last is not read again.
+
+        Raises:
+            InputError: a medium cannot be found, or the system prompt cannot be taken; nothing has changed then.
+        """
+        rest = list(turns[1:] if turns and turns[0].role == "system" else turns)
+        assert [turn.role for turn in rest] == ["user", "assistant"] * (len(rest) // 2)
+        try:
+            frames = [self.attachments.frames(item) for item in media_of(rest)]
+        except BadRow as error:
+            raise InputError(error.detail) from None
+        self.set_system(turns[0].text if len(rest) < len(turns) else "")
+        self.turns, self.frames = rest, frames
+
     def undo(self) -> Parts:
         """Takes the last question and its answer back; the question's parts.
 
