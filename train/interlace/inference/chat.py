@@ -1,107 +1,252 @@
-"""A dialogue with images at their places, in the terminal."""
+"""The chat in the terminal: questions, answers, and commands that begin with a slash."""
 
-from collections.abc import Iterable
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from transformers import TextStreamer
-
-from interlace.data.formats import PLACEHOLDER
-from interlace.data.media import check_image
-from interlace.data.sample import BadRow, Image, Part, Place, Text, Turn
+from interlace.data.download import is_url
+from interlace.data.sample import Image, Text, media_of
 from interlace.errors import InputError
-from interlace.inference.generation import Generator
+from interlace.inference.completion import Completer
+from interlace.inference.dialogue import Dialogue, save
+from interlace.inference.generation import Generator, load_generator
+from interlace.inference.sampling import Sampling
+from interlace.inference.screen import Screen, Streams
+from interlace.model.loading import base_of, load_processing, resolve_model_path
 
-HELP = "/image PATH ...  attach images    /clear  start over    /exit or an empty line  leave"
+HELP = "/image PATH ..  /video PATH ..  attach media    /help  all commands    /exit or an empty line  leave    Ctrl-C  stop an answer"
+USAGE = {
+    "/image": ("PATH ..", "attach images to the next question: files, patterns (*.png), URLs; <image> in the question is an image's place"),
+    "/video": ("PATH ..", "attach videos, or folders of frames; <video> is a video's place"),
+    "/system": ("[TEXT]", "another system prompt; without a text the model's own"),
+    "/undo": ("", "take back what is attached, or else the last question and its answer"),
+    "/retry": ("", "answer the last question once more"),
+    "/drop": ("[N]", "forget the oldest question, or the N oldest, to make room"),
+    "/save": ("FILE", "write the dialogue as a data file, which training, evaluation and the preview read"),
+    "/clear": ("", "forget everything that was asked and attached"),
+    "/set": ("[NAME VALUE]", "how answers are drawn; without a name, the values"),
+    "/history": ("", "show what was asked and answered"),
+    "/help": ("", "show this"),
+    "/exit": ("", "leave; an empty line does so, too"),
+}
+SETTINGS = [field.name for field in dataclasses.fields(Sampling)]
 
 
-class Dialogue:
-    """The turns so far and the images waiting for the next question.
+def load_compared(generator: Generator, model_path: str, other: str, dtype: str | None = None, load_in_4bit: bool = False) -> tuple[Generator, bool]:
+    """A model to compare with, and whether it is the one under the first one's adapter, whose weights both share.
 
     Args:
-        generator: answers.
-        max_new_tokens: longest answer.
+        generator, model_path: the first model. other: a path, as for the first; "base" for the model under its adapter.
+
+    Raises:
+        InputError: there is no such model.
     """
-
-    def __init__(self, generator: Generator, max_new_tokens: int):
-        self.generator, self.max_new_tokens = generator, max_new_tokens
-        self.turns: list[Turn] = []
-        self.waiting: list[Image] = []
-
-    def attach(self, paths: Iterable[str]) -> None:
-        """Images for the next question.
-
-        Raises:
-            InputError: a path that is no readable image; nothing is attached then.
-        """
-        images = []
-        for path in paths:
-            if not Path(path).is_file():
-                raise InputError(f"{path}: no such image")
-            try:
-                check_image(Place(path), 178_000_000)
-            except BadRow as error:
-                raise InputError(error.detail) from None
-            images.append(Image(path))
-        self.waiting += images
-
-    def clear(self) -> None:
-        """Forgets turns and waiting images."""
-        self.turns, self.waiting = [], []
-
-    def ask(self, question: str, stream: bool = False) -> str:
-        """The answer to a question; waiting images stand where `<image>` is written, or in front of it, each on a line of its own.
-
-        Raises:
-            InputError: as many placeholders as images are needed, or none; or the text cannot be taken.
-        """
-        turn = Turn("user", self._parts(question))
-        tokenizer = self.generator.processing.tokenizer
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
-        try:
-            (answer,) = self.generator.answer([self.generator.prompt([*self.turns, turn])], self.max_new_tokens, streamer)
-        except BadRow as error:
-            raise InputError(error.detail) from None
-        self.turns += [turn, Turn("assistant", (Text(answer),))]
-        self.waiting = []
-        return answer
-
-    def _parts(self, question: str) -> tuple[Part, ...]:
-        texts = question.split(PLACEHOLDER)
-        if len(texts) == 1:
-            front = [part for image in self.waiting for part in (image, Text("\n"))]
-            return (*front, Text(question))
-        if len(texts) - 1 != len(self.waiting):
-            raise InputError(f"{len(texts) - 1} {PLACEHOLDER} in the question, {len(self.waiting)} images attached; write one for each, or none")
-        parts: list[Part] = []
-        for i, text in enumerate(texts):
-            parts += [Text(text)] if text else []
-            parts += [self.waiting[i]] if i < len(self.waiting) else []
-        return tuple(parts)
+    path = resolve_model_path(model_path)
+    base = base_of(path)
+    if other == "base" and base == path:
+        raise InputError(f"--compare-with base: {model_path} is no adapter; expected the path of another model")
+    if base != path and (other == "base" or resolve_model_path(other) == base):
+        return Generator(generator.model, load_processing(base), generator.device), True
+    return load_generator(other, dtype, load_in_4bit), False
 
 
-def run_terminal(dialogue: Dialogue) -> None:
-    """Reads questions and commands until an empty line, `/exit` or the end of input; a mistake is named and the dialogue goes on."""
-    print(HELP)
+def run_terminal(*dialogues: Dialogue, names: Sequence[str] = ("model",)) -> None:
+    """Reads questions and commands until an empty line, `/exit` or the end of input; a mistake is named and the dialogue goes on.
+
+    Args:
+        dialogues: one, or several, of different models, that are asked the same.
+        names: of the models.
+    """
+    screen = Screen(names)
+    chat = Chat(dialogues, screen)
+    if sys.stdin.isatty():
+        Completer(USAGE, SETTINGS).install()
+    screen.say(HELP)
     while True:
         try:
             line = input("\nyou: ").strip()
         except EOFError:
             print()
             return
-        command, _, rest = line.partition(" ")
-        if command in ("", "/exit"):
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            screen.say("\n(an empty line leaves)")
+            continue
+        if line in ("", "/exit"):
             return
         try:
-            if command == "/image":
-                dialogue.attach(rest.split())
-                print(f"{len(dialogue.waiting)} image{'' if len(dialogue.waiting) == 1 else 's'} waiting for your question")
-            elif command == "/clear":
-                dialogue.clear()
-                print("cleared")
-            elif command.startswith("/"):
-                print(f"unknown command {command}; {HELP}")
-            else:
-                print("model: ", end="", flush=True)
-                dialogue.ask(line, stream=True)
+            chat.take(line)
         except InputError as error:
-            print(error)
+            screen.say(str(error))
+        except KeyboardInterrupt:
+            screen.say("(stopped; what was said is kept)" if chat.has_answered else "(stopped before anything was said; the question is not kept)")
+
+
+class Chat:
+    """What the lines do that a person types.
+
+    Args:
+        dialogues: one, or several that are asked the same. screen: shows the answers.
+    """
+
+    def __init__(self, dialogues: Sequence[Dialogue], screen: Screen):
+        self.dialogues, self.first, self.screen = dialogues, dialogues[0], screen
+        self.has_answered = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/video": self._video,
+            "/system": self._system,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/drop": self._drop,
+            "/save": self._save,
+            "/clear": self._clear,
+            "/set": self._set,
+            "/history": self._history,
+            "/help": self._help,
+        }
+
+    def take(self, line: str) -> None:
+        """Does what a line says.
+
+        Raises:
+            InputError: it cannot be done; nothing has changed.
+        """
+        command, _, rest = line.partition(" ")
+        if not command.startswith("/"):
+            self._answer([dialogue.stream(line) for dialogue in self.dialogues])
+        elif command in self.commands:
+            self.commands[command](rest.strip())
+        else:
+            close = get_close_matches(command, USAGE, 1)
+            raise InputError(f"unknown command {command}{f'; did you mean {close[0]}?' if close else ''} /help shows all commands")
+
+    def _answer(self, streams: Streams) -> None:
+        before = [(list(dialogue.turns), list(dialogue.frames), list(dialogue.waiting)) for dialogue in self.dialogues]
+        self.has_answered = False
+        try:
+            self.screen.answer(streams)
+        finally:
+            if len({len(dialogue.turns) for dialogue in self.dialogues}) > 1:  # one could not answer, or had not begun to: they stay together
+                for dialogue, state in zip(self.dialogues, before, strict=True):
+                    dialogue.turns, dialogue.frames, dialogue.waiting = state
+            self.has_answered = self.first.turns != before[0][0]
+
+    def _image(self, rest: str) -> None:
+        images = self.first.attachments.images(_words(rest, "/image"))
+        for dialogue in self.dialogues:
+            dialogue.waiting += images
+        self._tell_waiting()
+
+    def _video(self, rest: str) -> None:
+        videos = self.first.attachments.videos(_words(rest, "/video"))
+        for dialogue in self.dialogues:
+            dialogue.waiting += videos
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        images = sum(isinstance(item, Image) for item in self.first.waiting)
+        videos = len(self.first.waiting) - images
+        counts = [f"{count} {name}{'' if count == 1 else 's'}" for count, name in ((images, "image"), (videos, "video")) if count]
+        self.screen.say(f"{' and '.join(counts)} waiting for your question")
+
+    def _system(self, rest: str) -> None:
+        before = self.first.system
+        try:
+            for dialogue in self.dialogues:
+                dialogue.set_system(rest)
+        except InputError:
+            self.first.set_system(before)
+            raise
+        self.screen.say(f"system prompt: {rest or 'the one of the model'}")
+
+    def _undo(self, rest: str) -> None:
+        if self.first.waiting:
+            for dialogue in self.dialogues:
+                dialogue.waiting = []
+            self.screen.say("nothing is attached any more")
+        else:
+            for dialogue in self.dialogues:
+                parts = dialogue.undo()
+            self.screen.say(f"taken back: {_told(parts)}")
+
+    def _retry(self, rest: str) -> None:
+        self._answer([dialogue.retry() for dialogue in self.dialogues])
+
+    def _drop(self, rest: str) -> None:
+        for dialogue in self.dialogues:
+            dialogue.drop_oldest(int(rest or 1) if (rest or "1").isdecimal() else 0)
+        self.screen.say(f"{len(self.first.turns) // 2} questions are left")
+
+    def _save(self, rest: str) -> None:
+        words = _words(rest, "/save")
+        if len(words) > 1:
+            raise InputError(f"/save: expected one FILE, got {len(words)}; quote a name with spaces")
+        file = Path(words[0]).expanduser()
+        save(self.dialogues, file)
+        media = media_of(self.first.turns)
+        folders = [Path(item.path).resolve().parent for item in media if not is_url(item.path)]
+        self.screen.say(f"written to {file}{f'; its media lie below image_folder {os.path.commonpath(folders)}' if folders else ''}")
+        if len(folders) < len(media):
+            self.screen.say("some are URLs, which are read with allow_urls")
+
+    def _clear(self, rest: str) -> None:
+        for dialogue in self.dialogues:
+            dialogue.clear()
+        self.screen.say("cleared")
+
+    def _set(self, rest: str) -> None:
+        if rest:
+            name, value = [*rest.split(), ""][:2]
+            if name not in SETTINGS:
+                close = get_close_matches(name, SETTINGS, 1)
+                raise InputError(f"/set: no setting {name!r}; {f'did you mean {close[0]}?' if close else 'they are ' + ', '.join(SETTINGS)}")
+            changes: dict[str, Any] = {name: _value(name, value)}
+            sampling = dataclasses.replace(self.first.sampling, **changes)
+            for dialogue in self.dialogues:
+                dialogue.sampling = sampling
+        self.screen.say("  ".join(f"{name} {getattr(self.first.sampling, name)}" for name in SETTINGS))
+
+    def _history(self, rest: str) -> None:
+        if self.first.system:
+            self.screen.say(f"system: {self.first.system}")
+        for number, turn in enumerate(self.first.turns):
+            if turn.role == "user":
+                self.screen.say(f"you: {_told(turn.parts)}")
+            else:
+                for name, dialogue in zip(self.screen.names, self.dialogues, strict=True):
+                    self.screen.say(f"{name}: {dialogue.turns[number].text}")
+
+    def _help(self, rest: str) -> None:
+        self.screen.table([(f"{name} {words}", meaning) for name, (words, meaning) in USAGE.items()])
+
+
+def _words(rest: str, command: str) -> list[str]:
+    """Words as in a shell: quotes and backslashes keep white space in them."""
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise InputError(f"{command}: {error}") from None
+    if not words:
+        raise InputError(f"{command}: expected {USAGE[command][0]}")
+    return words
+
+
+def _value(name: str, text: str) -> int | float | None:
+    if text.lower() == "none" and name == "seed":
+        return None
+    is_fraction = get_type_hints(Sampling)[name] is float
+    try:
+        return float(text) if is_fraction else int(text)
+    except ValueError:
+        raise InputError(f"/set {name}: expected {'a number' if is_fraction else 'a whole number'}, got {text!r}") from None
+
+
+def _told(parts: Sequence[object]) -> str:
+    return "".join(part.text if isinstance(part, Text) else f"[{part.path}]" for part in parts)  # type: ignore[attr-defined]

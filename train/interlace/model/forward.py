@@ -197,10 +197,8 @@ class PackedModel(nn.Module):
         return 0 * total.to(like.dtype)
 
     def _tower_features(self, pixel_values: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
-        tower = self.tower
-        if isinstance(tower, ModulesToSaveWrapper):  # beside an adapter: the copy that learns, or the original while the adapter is off
-            tower = tower.original_module if tower.disable_adapters else tower.modules_to_save[tower.active_adapters[0]]
-        assert tower is not None
+        assert self.tower is not None
+        tower = active_module(self.tower)
         return self.family.features(self.config, tower, pixel_values.to(_dtype(tower)), grids)
 
     @property
@@ -229,6 +227,13 @@ def _added_behind(layers: nn.ModuleList, features: Sequence[torch.Tensor], image
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """What runs in a module's place beside an adapter: the copy that learns, or the original while the adapter is off; itself without one."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
