@@ -105,7 +105,7 @@ def test_two_files_are_compared_without_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words", "expected"),
     [
-        ([row(1, "a")], [], "no earlier prediction for 1 row (1)"),
+        ([row(1, "a")], [], "no earlier prediction for 1 row (0)"),
         ([row(0, "a", reference="z")], [], "another reference in 1 row (0)"),
         ([row(0, "a")], ["--diagnose"], "--diagnose asks the model"),
         ([row(0, "a")], ["--report-rows", "-1"], "expected at least 0"),
