@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from interlace.data.batch import Collator
 from interlace.data.ledger import Ledger
-from interlace.data.preview import Picture, Shown, Summary, Tokens, Viewer, characters, choose, data_uri, page, preview_line, restored, token_bytes
+from interlace.data.page import data_uri
+from interlace.data.preview import Picture, Shown, Summary, Tokens, Viewer, characters, choose, page, preview_line, restored, token_bytes
 from interlace.data.reading import Headers, Outcome, records_of
 from interlace.data.sources import read_entries
 from interlace.model.loading import Processing

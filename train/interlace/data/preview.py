@@ -1,8 +1,5 @@
 """What the model will see of each row: as data, one line per row, and as one HTML page that needs nothing but itself."""
 
-import base64
-import hashlib
-import io
 import json
 import sys
 from collections import Counter
@@ -22,6 +19,7 @@ from interlace.data.batch import ProcessImages
 from interlace.data.ledger import Entry, Ledger, Status
 from interlace.data.lengths import ImageIds, expand
 from interlace.data.media import open_images
+from interlace.data.page import data_uri, filled
 from interlace.data.reading import Headers, Outcome, Record, Row
 from interlace.data.sample import BadRow, Place
 from interlace.data.shards import ArchiveRow
@@ -30,7 +28,6 @@ from interlace.data.video import check_video
 from interlace.errors import InputError
 
 PAGE = Path(__file__).with_name("preview.html")
-_LARGEST_PNG = 32_768  # bytes
 _MOST_LETTERS = 4_000  # of a skipped record
 
 
@@ -108,11 +105,7 @@ def page(shown: Sequence[Shown], summary: Summary, tokenizer: PreTrainedTokenize
         samples.append(sample)
     texts = {token: text.decode(errors="surrogateescape") for token, text in spelled.items()}
     data = {**_figures(summary), "texts": texts, "special": sorted(special), "pictures": list(uris), "samples": samples}
-    before, _, after = PAGE.read_text(encoding="utf-8").partition("__DATA__")
-    script = after.rpartition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # only the page's own script may run and nothing may be fetched; `<` could end the block that the data stands in
-    return before.replace("__SCRIPT_HASH__", f"sha256-{digest}") + json.dumps(data, separators=(",", ":")).replace("<", "\\u003c") + after
+    return filled(PAGE, data)
 
 
 def _runs(pieces: Iterable[Piece], number: int, spelled: Mapping[int, bytes], special: set[int], uris: dict[str, int]) -> list[dict[str, Any]]:
@@ -287,16 +280,6 @@ def restored(pixel_values: np.ndarray, mean: Sequence[float], std: Sequence[floa
     """The picture in normalised (3, height, width) pixel values: what is left of an image after resizing and padding."""
     pixels = pixel_values.transpose(1, 2, 0) * np.asarray(std) + np.asarray(mean)
     return PIL.Image.fromarray(np.rint(pixels * 255).clip(0, 255).astype(np.uint8))
-
-
-def data_uri(image: PIL.Image.Image) -> str:
-    """An image as a `data:` address: exact, as PNG, while that is small, else as JPEG of high quality."""
-    kind, file = "png", io.BytesIO()
-    image.save(file, kind, optimize=True)
-    if file.tell() > _LARGEST_PNG:
-        kind, file = "jpeg", io.BytesIO()
-        image.save(file, kind, quality=92, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def preview_line(file: str, row: Row | None, entry: Entry | None, image_token_id: int, image_ids: ImageIds | None = None) -> dict[str, Any]:
