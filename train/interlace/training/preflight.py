@@ -120,7 +120,11 @@ class RunForecast:
 
     def memory(self, machine: Machine, sharding: Sharding | None = None) -> Memory:
         """Memory of one device; without `sharding`, as the arguments want it."""
-        return memory_of(self.sizes, self.rehearsals, sharding or self.sharding, self.plan.accumulation, machine.device)
+        return self.memory_on(machine.device, sharding)
+
+    def memory_on(self, device: str, sharding: Sharding | None = None) -> Memory:
+        """The same, on a device of this kind: "cuda" or "cpu"."""
+        return memory_of(self.sizes, self.rehearsals, sharding or self.sharding, self.plan.accumulation, device)
 
     def fits(self, machine: Machine) -> bool:
         """Whether it fits this machine's device."""

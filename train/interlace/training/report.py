@@ -1,7 +1,5 @@
 """`report.html`: the story of a run on one page that needs nothing but itself, made from what the run has written and logged."""
 
-import base64
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,7 @@ import PIL.Image
 from interlace.arguments import SCHEMA_PATH, Arguments
 from interlace.data.ledger import Ledger
 from interlace.data.media import open_images
-from interlace.data.preview import data_uri
+from interlace.data.page import data_uri, filled
 from interlace.data.sample import BadRow
 from interlace.data.template import IGNORE_INDEX
 from interlace.model.loading import ADAPTER_CONFIG, Processing
@@ -73,17 +71,13 @@ class Story:
 
 
 def page(story: Story) -> str:
-    """The HTML page. What comes from the run is ASCII in one JSON block, whatever it is."""
-    data = {"output_dir": str(story.output_dir), "model": readable(str(story.arguments["model_name_or_path"])), "folder": str(Path.cwd())}
+    """The HTML page."""
+    data: dict[str, Any] = {"output_dir": str(story.output_dir), "model": readable(str(story.arguments["model_name_or_path"])), "folder": str(Path.cwd())}
     data |= {"steps": story.steps, "minutes": story.minutes, "since": story.since, "environment": dict(story.environment), "peak": asdict(story.peak)}
     data |= {"panels": panels(story.history), "evaluations": evaluations(story.history), "time": time_shares(story.history), "last": _last(story.history)}
     data |= {"ledger": _ledger(story.ledger), "arguments": _arguments(story.arguments), "commands": commands(story.output_dir, story.arguments)}
     data["rows"] = None if story.rows is None else _rows(story.rows, story.processing, story.output_dir)
-    before, _, after = PAGE.read_text(encoding="utf-8").partition("__DATA__")
-    script = after.rpartition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # only the page's own script may run and nothing may be fetched; `<` could end the block that the data stands in
-    return before.replace("__SCRIPT_HASH__", f"sha256-{digest}") + json.dumps(data, separators=(",", ":")).replace("<", "\\u003c") + after
+    return filled(PAGE, data)
 
 
 def panels(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -191,7 +185,7 @@ def _content(report: RowReport, number: int, processing: Processing | None) -> d
     row = report.rows[number]
     ids, is_answer = row.encoded.input_ids, row.encoded.labels != IGNORE_INDEX
     texts = (processing.tokenizer.decode(ids[chosen].tolist(), skip_special_tokens=True) for chosen in (~is_answer, is_answer))
-    question, answer = (readable(text.strip())[:_LETTERS] for text in texts)
+    question, answer = (readable(str(text).strip())[:_LETTERS] for text in texts)
     try:
         images = [_small(image) for image in open_images(row.images[:_IMAGES])]
     except BadRow:

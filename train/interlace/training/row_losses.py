@@ -70,7 +70,8 @@ class RowLosses:
     def _take(self, epoch: int, numbers: np.ndarray, sums: np.ndarray) -> None:
         table = self._epochs.setdefault(epoch, np.zeros((2, self.num_rows), np.float32))
         real = numbers >= 0
-        np.add.at(table, (slice(None), numbers[real]), sums[:, real])
+        for values, more in zip(table, sums, strict=True):
+            np.add.at(values, numbers[real], more[real])
 
     def parts(self) -> Parts:
         """All that this rank knows, as copies."""

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from interlace.redaction import readable, tells_secrets
+from interlace.training.report import REPORT
 
 RUN_ID_FILE = "wandb_run_id.txt"
 INIT_SECONDS, FINISH_SECONDS = 6, 60
@@ -46,9 +47,12 @@ class WandbTracker(WandbCallback):
             wandb.config.update({"interlace": self.record}, allow_val_change=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # type: ignore[override]
-        """Closes the run; what W&B has not taken within a minute stays on disk."""
+        """Hands the run's report over, if there is one, and closes the run; what W&B has not taken within a minute stays on disk."""
         super().on_train_end(args, state, control, **more)
         if wandb.run is not None:
+            page = None if args is None else Path(str(args.output_dir)) / REPORT
+            if page is not None and page.is_file():
+                wandb.run.log({"report": wandb.Html(str(page), inject=False)})
             folder = wandb.run.settings.sync_dir
             try:
                 wandb.run.finish()
