@@ -46,7 +46,7 @@ from interlace.training.parts import load_tuned_model, row_reader
 from interlace.training.planning import columns_of, prefixes_of
 from interlace.training.probe import probe
 from interlace.training.rehearsal import Rehearsal
-from interlace.training.resume import check_output_dir
+from interlace.training.resume import check_output_dir, folders_of_lists
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_data(arguments: Arguments, path: str, processing: Processing) -> tuple
 
 def refused_output(arguments: Arguments, path: str) -> list[str]:
     """Why training would not write into `output_dir`."""
-    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else []), *folders_of_lists(arguments)]
     try:
         check_output_dir(Path(arguments["output_dir"]), bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources)
     except InputError as error:

@@ -22,8 +22,7 @@ from interlace.redaction import readable
 from interlace.training.clock import PREFERENCE_PHASES
 from interlace.training.row_report import DROP_LIST, MEANINGS, TABLE, RowReport
 
-REPORT = "report.html"
-PAGE = Path(__file__).with_name(REPORT)
+PAGE = Path(__file__).with_name("report.html")
 _POINTS = 400  # of a curve: more than a screen shows
 _ENTRIES, _SUSPECTS, _IMAGES = 20, 12, 6
 _THUMBNAIL = 160  # pixels

@@ -11,6 +11,7 @@ from interlace.errors import InputError
 from interlace.training.checkpoint import (
     FORMAT,
     LATEST,
+    REPORT_FILE,
     STATE_FILE,
     Checkpoint,
     checkpoint_folders,
@@ -27,7 +28,7 @@ from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE
 
 RESULTS = (
     *(STATE_FILE, "train_results.json", "all_results.json", "training_curves.png"),
-    *("report.html", "row_report.parquet", "row_report.json", "row_drop.json"),
+    *(REPORT_FILE, "row_report.parquet", "row_report.json", "row_drop.json"),
 )
 RECORDS = ("arguments.json", "environment.json", "ledger.json", "loss_spikes.jsonl", "wandb_run_id.txt", "README.md", *RESULTS)
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")

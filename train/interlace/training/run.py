@@ -128,8 +128,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     survival = Survival(ranks, watch, signals, saver, checkpoint, arguments["on_save_error"], arguments["on_non_finite"])
     costs = costs.with_reference() if asks_reference(arguments, kind) else costs
     trainer = build_trainer(make, tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps), costs)
-    keeps_rows = kind == "supervised" and arguments["row_report"] != "off"
-    if keeps_rows:
+    if kind == "supervised" and arguments["row_report"] != "off":
         trainer.row_losses = RowLosses(len(rows), rows.fingerprint)
     saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint, lock))
     own = arguments["vision_gradient_checkpointing"]
@@ -139,14 +138,25 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     watch.at(trainer.state.global_step, "saving")
     with end_of_trackers(trainer.callback_handler.callbacks):
-        trainer.finish_saving()
-        if trainer.state.global_step < total_steps or trainer.stop_code is not None:  # an evaluation, or the best checkpoint, may be missing
-            assert trainer.stop_code is not None
-            raise early_end(trainer.state.global_step, int(total_steps), ranks.on_main(lambda: newest_step(output_dir)), trainer.stop_code)
-        save_result(trainer, path, output_dir, result.metrics)
-        tell(trainer, arguments, entries, ledger, output_dir, result.metrics, keeps_rows)
+        finish(trainer, int(total_steps), path, output_dir, result.metrics)
+        tell(trainer, arguments, entries, ledger, output_dir, result.metrics)
     if arguments["push_to_hub"] and ranks.is_main:
         publish(output_dir, arguments, say)
+
+
+def finish(trainer: PackedTrainer, total_steps: int, path: str, output_dir: Path, metrics: dict[str, float]) -> None:
+    """Writes the result of a run that has made all of its steps.
+
+    Raises:
+        Stopped: it was asked to stop before.
+        RunError: the disk refuses.
+    """
+    trainer.finish_saving()
+    step, code = trainer.state.global_step, trainer.stop_code
+    if step < total_steps or code is not None:  # an evaluation, or the best checkpoint, may be missing
+        assert code is not None
+        raise early_end(step, total_steps, trainer.survival.ranks.on_main(lambda: newest_step(output_dir)), code)
+    save_result(trainer, path, output_dir, metrics)
 
 
 def early_end(step: int, total_steps: int, saved: int | None, code: int) -> Stopped | RunError:

@@ -15,28 +15,26 @@ from interlace.data.ledger import Ledger
 from interlace.data.sources import Source
 from interlace.errors import InputError
 from interlace.redaction import readable, without_secrets
+from interlace.training.checkpoint import REPORT_FILE
 from interlace.training.forecast import LIBRARY_BYTES
 from interlace.training.preflight import forecast_run
-from interlace.training.report import REPORT, Peak, Story, page
+from interlace.training.report import Peak, Story, page
 from interlace.training.row_report import DROP_LIST, Measured, RowReport, measure
 from interlace.training.tracking import say
 from interlace.training.trainer import PackedTrainer
 
 
-def tell(
-    trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source], ledger: Ledger, output_dir: Path, metrics: Mapping[str, float], keeps_rows: bool
-) -> None:
+def tell(trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source], ledger: Ledger, output_dir: Path, metrics: Mapping[str, float]) -> None:
     """Writes the row report and `report.html` of a finished run; to be called by all ranks.
 
     Args:
         metrics: of the training.
-        keeps_rows: whether losses of rows have been kept.
 
     Raises:
         Stopped: the run was asked to stop while it scored rows with blank images.
     """
     measured = None
-    if keeps_rows:
+    if trainer.row_losses is not None:
         try:
             measured = measure(trainer, arguments["row_report_images"] if arguments["row_report"] == "images" else 0)
         except InputError as error:  # on all ranks alike
@@ -79,10 +77,10 @@ def _write(
         rows=report,
         processing=trainer.processing,
     )
-    scratch = output_dir / f".{REPORT}"
+    scratch = output_dir / f".{REPORT_FILE}"
     scratch.write_text(page(story), encoding="utf-8", errors="backslashreplace")  # a file name may hold bytes that are no text
-    scratch.replace(output_dir / REPORT)
-    say(f"  the run's story                  {output_dir / REPORT}")
+    scratch.replace(output_dir / REPORT_FILE)
+    say(f"  the run's story                  {output_dir / REPORT_FILE}")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from interlace.redaction import readable, tells_secrets
-from interlace.training.report import REPORT
+from interlace.training.checkpoint import REPORT_FILE
 
 RUN_ID_FILE = "wandb_run_id.txt"
 INIT_SECONDS, FINISH_SECONDS = 6, 60
@@ -50,7 +50,7 @@ class WandbTracker(WandbCallback):
         """Hands the run's report over, if there is one, and closes the run; what W&B has not taken within a minute stays on disk."""
         super().on_train_end(args, state, control, **more)
         if wandb.run is not None:
-            page = None if args is None else Path(str(args.output_dir)) / REPORT
+            page = None if args is None else Path(str(args.output_dir)) / REPORT_FILE
             if page is not None and page.is_file():
                 wandb.run.log({"report": wandb.Html(str(page), inject=False)})
             folder = wandb.run.settings.sync_dir
