@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from interlace.data.dataset import Rows
 from interlace.data.store import SKIPPED, Store
@@ -24,7 +25,7 @@ class Likeness:
     conflicts_with: np.ndarray
 
 
-def likeness(rows: Rows) -> Likeness:
+def likeness(rows: Rows, show_progress: bool = False) -> Likeness:
     """Which of the admitted rows are alike.
 
     Images are the same if their bytes are. They are read only for rows whose other ids are the same and whose images have the same sizes in bytes, so nothing
@@ -32,12 +33,10 @@ def likeness(rows: Rows) -> Likeness:
     """
     duplicate_of, conflicts_with = np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64)
     hashes: dict[_Medium, Hashable] = {}
-    number = 0
     candidates: dict[bytes, list[tuple[int, bytes, tuple[_Medium, ...]]]] = {}
-    for store in rows.stores:
-        for question, answer, media in _keys(store):
-            candidates.setdefault(question, []).append((number, answer, media))
-            number += 1
+    keys = (key for store in rows.stores for key in _keys(store))
+    for number, (question, answer, media) in enumerate(tqdm(keys, "looking for duplicates", len(rows), leave=False, disable=not show_progress)):
+        candidates.setdefault(question, []).append((number, answer, media))
     for group in candidates.values():
         if len(group) < 2:
             continue

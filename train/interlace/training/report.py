@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ PAGE = Path(__file__).with_name("report.html")
 _POINTS = 400  # of a curve: more than a screen shows
 _ENTRIES, _SUSPECTS, _IMAGES = 20, 12, 6
 _THUMBNAIL = 160  # pixels
-_LETTERS = 600  # of a row's question, and of its answers
+_PIECES, _LETTERS = 6, 400  # of a row: questions and answers, and letters of each, the last ones
 _SMALL = 64  # images are enlarged to this, dot by dot
 # panel -> the logged figures that it draws
 _PANELS = {
@@ -178,18 +178,19 @@ def _rows(report: RowReport, processing: Processing | None, output_dir: Path) ->
 
 
 def _content(report: RowReport, number: int, processing: Processing | None) -> dict[str, Any]:
-    """What a row says: its question and answers as text, and small pictures."""
+    """What a row says: its text as [text, is an answer] in order, and small pictures."""
     if processing is None:
         return {}
     row = report.rows[number]
-    ids, is_answer = row.encoded.input_ids, row.encoded.labels != IGNORE_INDEX
-    texts = (processing.tokenizer.decode(ids[chosen].tolist(), skip_special_tokens=True) for chosen in (~is_answer, is_answer))
-    question, answer = (readable(str(text).strip())[:_LETTERS] for text in texts)
+    is_answer = row.encoded.labels != IGNORE_INDEX
+    ends = [0, *(np.flatnonzero(np.diff(is_answer)) + 1).tolist(), len(is_answer)]
+    texts = [str(processing.tokenizer.decode(row.encoded.input_ids[start:end].tolist(), skip_special_tokens=True)).strip() for start, end in pairwise(ends)]
+    pieces = [[readable(text[-_LETTERS:]), bool(is_answer[start])] for text, start in zip(texts, ends, strict=False) if text]
     try:
         images = [_small(image) for image in open_images(row.images[:_IMAGES])]
     except BadRow:
         images = []
-    return {"question": question, "answer": answer, "pictures": images}
+    return {"pieces": pieces[:_PIECES], "pictures": images}
 
 
 def _small(image: PIL.Image.Image) -> str:

@@ -113,7 +113,7 @@ class RowReport:
         score, flags = judged(losses, np.stack(columns, 1) if columns else np.zeros((len(rows), 0)))
         index = np.concatenate([store.column("index")[store.column("status") != SKIPPED] for store in rows.stores])
         names = np.array([store.file for store in rows.stores])[rows.sources]
-        alike = likeness(rows)
+        alike = likeness(rows, show_progress=True)
         # a row that two entries name is no duplicate of itself
         itself = (alike.duplicate_of >= 0) & (index == index[alike.duplicate_of]) & (names == names[alike.duplicate_of])
         duplicate_of = np.where(itself, -1, alike.duplicate_of)

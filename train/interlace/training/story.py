@@ -59,6 +59,7 @@ def _write(
 ) -> None:
     rows, checkpoint, report = trainer.train_rows.rows, trainer.survival.checkpoint, None
     assert isinstance(rows, Rows)
+    trainer.survival.watch.at(trainer.state.global_step, "writing the run's report")
     if measured is not None:
         report = RowReport.of(rows, trainer.train_rows.plan, measured)
         report.write(output_dir, sources)
@@ -84,7 +85,7 @@ def _write(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes that this process has had: what torch has allocated on a GPU, or its resident memory on a CPU."""
+    """The most bytes that this process has had so far: what torch has allocated on a GPU, or its resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
