@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments, get_scheduler
@@ -114,6 +115,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
         check_data(checkpoint, data, train.plan.steps_per_epoch, arguments["accept_data_change"], say)
     elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
+    resident = psutil.Process().memory_info().rss
     tuned = load_tuned_model(path, arguments, args)
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     make = prepare(tuned, processing, train, evaluation, arguments, Task(args, ranks, path))
@@ -139,7 +141,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     watch.at(trainer.state.global_step, "saving")
     with end_of_trackers(trainer.callback_handler.callbacks):
         finish(trainer, int(total_steps), path, output_dir, result.metrics)
-        tell(trainer, arguments, entries, ledger, output_dir, result.metrics)
+        tell(trainer, arguments, entries, ledger, output_dir, result.metrics, resident)
     if arguments["push_to_hub"] and ranks.is_main:
         publish(output_dir, arguments, say)
 

@@ -16,7 +16,6 @@ from interlace.data.sources import Source
 from interlace.errors import InputError
 from interlace.redaction import readable, without_secrets
 from interlace.training.checkpoint import REPORT_FILE
-from interlace.training.forecast import LIBRARY_BYTES
 from interlace.training.preflight import forecast_run
 from interlace.training.report import Peak, Story, page
 from interlace.training.row_report import DROP_LIST, Measured, RowReport, measure
@@ -24,11 +23,14 @@ from interlace.training.tracking import say
 from interlace.training.trainer import PackedTrainer
 
 
-def tell(trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source], ledger: Ledger, output_dir: Path, metrics: Mapping[str, float]) -> None:
+def tell(
+    trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source], ledger: Ledger, output_dir: Path, metrics: Mapping[str, float], resident: int
+) -> None:
     """Writes the row report and `report.html` of a finished run; to be called by all ranks.
 
     Args:
         metrics: of the training.
+        resident: bytes of this process before the model was loaded.
 
     Raises:
         Stopped: the run was asked to stop while it scored rows with blank images.
@@ -42,7 +44,7 @@ def tell(trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source]
     peaks = trainer.survival.ranks.gather(peak_bytes(trainer.args.device))
     if trainer.survival.ranks.is_main:
         try:
-            _write(trainer, arguments, sources, ledger, output_dir, metrics, measured, max(peaks))
+            _write(trainer, arguments, sources, ledger, output_dir, metrics, measured, max(peaks), resident)
         except Exception as error:  # noqa: BLE001 whatever is wrong with a page, the model is there
             say(f"warning: the model is whole, but the run's report could not be written: {readable(f'{type(error).__name__}: {error}'.splitlines()[0])}")
 
@@ -56,6 +58,7 @@ def _write(
     metrics: Mapping[str, float],
     measured: Measured | None,
     peak: int,
+    resident: int,
 ) -> None:
     rows, checkpoint, report = trainer.train_rows.rows, trainer.survival.checkpoint, None
     assert isinstance(rows, Rows)
@@ -74,7 +77,7 @@ def _write(
         minutes=metrics["train_runtime"] / 60,
         since=0 if checkpoint is None else checkpoint.step,
         environment=json.loads((output_dir / "environment.json").read_text(encoding="utf-8")),
-        peak=forecast_peak(trainer, rows, arguments, peak),
+        peak=forecast_peak(trainer, rows, arguments, peak, resident),
         rows=report,
         processing=trainer.processing,
     )
@@ -92,8 +95,8 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def forecast_peak(trainer: PackedTrainer, rows: Rows, arguments: Arguments, measured: int) -> Peak:
-    """The measured peak beside what `plan_run.py` forecasts for this run, in the same terms."""
+def forecast_peak(trainer: PackedTrainer, rows: Rows, arguments: Arguments, measured: int, resident: int) -> Peak:
+    """The measured peak beside what `plan_run.py` forecasts for this run; on a CPU with what was `resident` before the model was loaded."""
     device = "cuda" if trainer.args.device.type == "cuda" else "cpu"
     config = trainer.processing.config
     try:
@@ -103,4 +106,4 @@ def forecast_peak(trainer: PackedTrainer, rows: Rows, arguments: Arguments, meas
         return Peak(device, measured, None, f"{type(error).__name__}: {error}".splitlines()[0])
     parts = {item.name: int(getattr(memory, item.name)) for item in fields(memory) if item.name != "host"}
     runtime = parts.pop("runtime")  # torch does not count a GPU's
-    return Peak(device, measured, parts if device == "cuda" else {**parts, "libraries": runtime + LIBRARY_BYTES})
+    return Peak(device, measured, parts if device == "cuda" else {**parts, "runtime": runtime, "before the model was loaded": resident})
