@@ -19,7 +19,7 @@ from interlace.inference.attaching import Attachments, open_frames
 from interlace.inference.chat import load_compared, run_terminal
 from interlace.inference.completion import completions
 from interlace.inference.dialogue import Dialogue, save
-from interlace.inference.evaluation import question_of, read_questions
+from interlace.inference.evaluation import prediction_of, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator
 from interlace.inference.sampling import Sampling
 from interlace.inference.screen import Screen
@@ -118,8 +118,8 @@ def test_a_saved_dialogue_is_read_back_as_what_the_model_was_asked(generator: Ge
     assert [turn.role for turn in sample.turns] == ["system", "user", "assistant", "user", "assistant"]
     assert [(turn.text, turn.media) for turn in sample.turns[1:]] == [(turn.text, turn.media) for turn in dialogue.turns]
     (outcome,) = read_questions({"data_files": str(file), "image_folder": str(tmp_path)}, generator, 4096, 50_000_000)
-    prompt, reference = question_of(outcome, generator)
-    assert reference == dialogue.turns[-1].text
+    prompt = question_of(outcome, generator)
+    assert prediction_of(outcome, "")["reference"] == dialogue.turns[-1].text
     assert prompt.images == tuple(frame.place for frames in dialogue.frames for frame in frames)
     assert prompt.input_ids == [token for token, _ in dialogue._tokens(dialogue.turns[:-1], dialogue.frames)]
 

@@ -111,7 +111,7 @@ PHASES = {
     "before the weights": Accident("interlace.training.durable:save_weights", 2),
     "between weights and processor": Accident("interlace.training.weights:save_processing", 2),
     "after the weights": Accident("interlace.training.durable:save_weights", 2, "after"),
-    "while files are brought to the disk": Accident(CHECKPOINT + "_checksum", 17),
+    "while files are brought to the disk": Accident(CHECKPOINT + "_checksum", 18),
     "before this rank says that it is done": Accident(CHECKPOINT + "write_whole", 3),
     "before the manifest": Accident(CHECKPOINT + "write_whole", 4),
     "after the manifest": Accident(CHECKPOINT + "write_whole", 4, "after"),
@@ -275,7 +275,7 @@ def test_code_in_a_checkpoint_is_never_run(arguments: dict[str, Any], undisturbe
 
 @pytest.mark.parametrize("where", ["interlace.training.durable:save_weights", CHECKPOINT + "_checksum", CHECKPOINT + "write_whole"])
 def test_a_full_disk_leaves_the_checkpoint_before_and_stops_or_goes_on(arguments: dict[str, Any], undisturbed: Path, tmp_path: Path, where: str) -> None:
-    count = {"interlace.training.durable:save_weights": 2, CHECKPOINT + "_checksum": 17, CHECKPOINT + "write_whole": 4}[where]  # in the second save
+    count = {"interlace.training.durable:save_weights": 2, CHECKPOINT + "_checksum": 18, CHECKPOINT + "write_whole": 4}[where]  # in the second save
     full, folder = Accident(where, count, error=DISK_FULL), Path(arguments["output_dir"])
     assert finish(run_in_process(arguments, tmp_path / "log", [full])) == 1
     said = (tmp_path / "log").read_text()

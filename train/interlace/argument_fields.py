@@ -34,6 +34,7 @@ class DatasetEntry:
     subset: str | None = key(None, "Which configuration of a hub data set.")
     weight: float = key(1.0, "How often each row comes in an epoch; a fraction is that share of the rows, drawn anew each epoch.", exclusiveMinimum=0)
     sampling_strategy: str = key("all", "`all`, `first:N`, `end:N`, `random:N`; N may be a percentage such as `10%`.")
+    exclude_rows: str | None = key(None, "A list of rows to leave out, as `row_drop.json` of an earlier run's output_dir is.")
 
 
 @dataclass
@@ -128,6 +129,12 @@ class DataFields:
     )
     eval_generate_rows: int = key(200, "With eval_generate: how many rows, evenly spread over dataset.eval.", minimum=1)
     eval_generate_max_new_tokens: int = key(128, "With eval_generate: longest answer, in tokens.", minimum=1)
+    row_report: Literal["off", "losses", "images"] = key(
+        "losses",
+        "What supervised training says of single rows at its end: the loss of each in every epoch, duplicates, likely mislabels; with `images` also, for some "
+        "rows, how much they lose with blank images, which costs forward passes.",
+    )
+    row_report_images: int = key(512, "How many rows with images row_report `images` looks at.", minimum=1)
     overwrite_output_dir: bool = key(False, "Start over in an output_dir that already holds a run.")
 
 

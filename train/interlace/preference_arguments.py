@@ -56,6 +56,7 @@ def preference_problems(a: Mapping[str, Any], did_you_mean: Callable[[str, Itera
             bool(a["fsdp"]) and not a["lora"] and not a["precompute_ref_log_probs"],
             "fsdp: the reference of a fully tuned model is a second one; set precompute_ref_log_probs: true, or use deepspeed: zero3",
         ),
+        (a["row_report"] == "images", "row_report: images is for supervised rows; evaluation scores pairs with blank images (ablation_pairs)"),
         (a["share_prefix"], "share_prefix: both answers of a pair share their prompt always; the key is for supervised rows"),
         (a["label_policy"] != "assistant", "label_policy: a preference is about the last answer alone; leave the key out"),
         (a["prompt_style"] == "plain", "prompt_style: plain leaves questions out, so that nothing can be preferred; choose another one"),

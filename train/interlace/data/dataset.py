@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from interlace.data.ledger import Entry, Ledger
 from interlace.data.lengths import TooLong
-from interlace.data.reading import Headers, Record, Row, RowReader
+from interlace.data.reading import EXCLUDED, Headers, Record, Row, RowReader
 from interlace.data.sources import Source
 from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, content_of, to_batch
 from interlace.errors import InputError
@@ -177,7 +177,8 @@ def _is_usable(folder: Path, start: float) -> bool:
 def _key(source: Source, settings: str) -> str:
     taken = None if source.taken is None else hashlib.sha256(source.taken.tobytes()).hexdigest()
     roots = [[str(root.resolve()) for root in group] for group in (source.image_roots, source.video_roots)]
-    return hashlib.sha256(repr([source.content_hash(), settings, source.format, roots, taken, SCHEMA.names]).encode()).hexdigest()[:32]
+    excluded = [sorted(source.excluded.items())] if source.excluded else []
+    return hashlib.sha256(repr([source.content_hash(), settings, source.format, roots, taken, SCHEMA.names, *excluded]).encode()).hexdigest()[:32]
 
 
 def _build(sources: list[Source], folders: list[Path], reader: RowReader, workers: int, show_progress: bool) -> None:
@@ -237,17 +238,21 @@ class _Making:
 
 
 def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> None:
-    """Holds the ledger against the policy; over-long rows are no bad rows.
+    """Holds the ledger against the policy; over-long rows are no bad rows, nor are those that a list leaves out.
 
     Raises:
         InputError: bad rows (or over-long ones) that the policy does not allow, listed with file and index; or no row is left.
     """
     skipped = Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
-    too_long_rows = skipped.pop("too_long", 0)
+    too_long_rows, _ = skipped.pop("too_long", 0), skipped.pop(EXCLUDED, 0)
     bad, long = skipped.total(), too_long_rows if too_long == "error" else 0
     allowed = 0 if bad_rows == "error" else bad if max_bad_rows is None else max_bad_rows
     if bad > allowed or long:
-        fatal = [e for e in ledger.entries if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason != "too_long" and bad > allowed))]
+        fatal = [
+            e
+            for e in ledger.entries
+            if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason not in ("too_long", EXCLUDED) and bad > allowed))
+        ]
         lines = [f"{entry.file}: row {entry.index}: {entry.reason}: {entry.detail}" for entry in fatal[:_SHOWN]]
         more = f"\n  and {len(fatal) - _SHOWN:,} more" if len(fatal) > _SHOWN else ""
         remedy = "mend them, or set bad_rows: skip to leave them out and list them" if bad_rows == "error" else f"max_bad_rows is {max_bad_rows}"

@@ -20,6 +20,7 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 Kind = Literal["supervised", "preference"]
 ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
+EXCLUDED = "excluded_by_list"  # the reason of rows that the user leaves out
 _VERSION = 7  # raise it when the same record would make another row: rows on disk are made anew
 
 
@@ -191,6 +192,8 @@ class RowReader:
     def read(self, record: Record, headers: Headers) -> Outcome:
         """The outcome of one record."""
         kind, sample = "", None
+        if record.index in record.source.excluded:
+            return Outcome(record, kind, None, None, Entry(record.file, record.index, "skipped", EXCLUDED, record.source.excluded[record.index]))
         try:
             kind, sample, members = parse(record, self.kind)
             finder = Finder(record.source.image_roots, record.source.video_roots, self.kept, members)

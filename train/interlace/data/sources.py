@@ -16,6 +16,7 @@ import yaml
 from interlace.data import demo
 from interlace.data.formats import FORMATS
 from interlace.data.readers import dataset_rows, read_rows
+from interlace.data.row_lists import read_list, rows_to_exclude
 from interlace.errors import InputError
 
 NAMED_FORMATS = {"chatml_dataset": "chatml", **{name: name for name in FORMATS}}
@@ -35,6 +36,7 @@ class Source:
         image_roots, video_roots: folders that media may lie in, the declared one first.
         weight: how often each row comes in an epoch.
         taken: numbers of the rows to take, rising; None for all.
+        excluded: index -> reason of the rows that a list leaves out; they are accounted for as skipped.
         table: the rows of a hub data set, instead of a file.
     """
 
@@ -45,6 +47,7 @@ class Source:
     video_roots: tuple[Path, ...]
     weight: float = 1.0
     taken: np.ndarray | None = None
+    excluded: Mapping[int, str] = field(default_factory=dict)
     table: Any = field(default=None, compare=False)
 
     def rows(self) -> Iterator[tuple[int, Any, float]]:
@@ -68,6 +71,14 @@ class Source:
 
     def content_hash(self) -> str:
         """A hash that changes with the content: of all bytes for text, of size, time and both ends for archives and tables."""
+        return self._hash(with_time=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that also a copy has, whatever it is called: of all bytes for text, of size and both ends for archives and tables."""
+        return self._hash(with_time=False)
+
+    def _hash(self, with_time: bool) -> str:
         digest = hashlib.sha256()
         if self.table is not None:
             digest.update(str(self.table._fingerprint).encode())
@@ -80,7 +91,7 @@ class Source:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
                     continue
                 stat = file.stat()
-                digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+                digest.update((f"{file.name} {stat.st_size} {stat.st_mtime_ns}" if with_time else f"{stat.st_size}").encode())
                 digest.update(handle.read(_END_BYTES))
                 handle.seek(max(0, stat.st_size - _END_BYTES))
                 digest.update(handle.read())
@@ -187,7 +198,20 @@ def _read_entry(entry: Mapping[str, Any], seed: int | str) -> list[Source]:
         name = entry.get("name") or (Path(file).name.partition(".")[0] if table is None else str(entry["data_files"]))
         image_roots, video_roots = (_roots(entry, folder, beside) for folder in ("image_folder", "video_folder"))
         sources.append(Source(file, name, kind, image_roots, video_roots, weight, table=table))
-    return _selected(sources, entry.get("sampling_strategy") or "all", seed)
+    selected = _selected(sources, entry.get("sampling_strategy") or "all", seed)
+    return _excluding(selected, entry["exclude_rows"]) if entry.get("exclude_rows") else selected
+
+
+def _excluding(sources: list[Source], path: str) -> list[Source]:
+    listed, problems, found = read_list(Path(path)), [], []
+    for source in sources:
+        try:
+            found.append(replace(source, excluded=rows_to_exclude(path, listed, source.file, source.fingerprint)))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n  ".join(problems))
+    return found
 
 
 def _roots(entry: Mapping[str, Any], key: str, beside: Path) -> tuple[Path, ...]:

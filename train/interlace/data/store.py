@@ -172,6 +172,10 @@ class Store:
         """A column of numbers, (rows,)."""
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches]) if self._batches else np.zeros(0, np.int64)
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, some at a time, as batches of `SCHEMA`."""
+        return iter(self._batches)
+
     def media(self) -> Iterator[pa.StructArray]:
         """The images and frames of all rows, some at a time: structs of `path`, `offset`, `size`, `pts` and `tokens`."""
         return (batch.column("media").flatten() for batch in self._batches)

@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1  # of what a checkpoint holds; another one cannot be taken up
 LATEST = "checkpoint-latest"
 STATE_FILE = "trainer_state.json"
+REPORT_FILE = "report.html"
 _SCRATCH = ".saving-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -18,6 +18,7 @@ from interlace.training.checkpoint import STATE_FILE, Write, damage, sync_file
 from interlace.training.clock import PHASES, StepClock
 from interlace.training.fragments import WEIGHT, full_parameters, local_fragments
 from interlace.training.restoring import RestoredTrainer, Survival
+from interlace.training.row_losses import row_losses_file
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, optimizer_file, plain, write_fragments
 from interlace.training.weights import Weights, copy_of_weights, is_adapter, save_weights
 
@@ -143,18 +144,22 @@ class DurableTrainer(RestoredTrainer):
         texts = {STATE_FILE: json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)}
         texts[SCHEDULER_FILE] = json.dumps(plain(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
         texts[PROGRESS_FILE] = json.dumps(self._log_progress())
-        own = optimizer_file(ranks.rank, ranks.world_size)
+        own = [optimizer_file(ranks.rank, ranks.world_size)]
+        row_losses, parts = self.row_losses, {} if self.row_losses is None else self.row_losses.parts()
+        own += [] if row_losses is None else [row_losses_file(ranks.rank, ranks.world_size)]
 
         def write(folder: Path) -> list[str]:
-            write_fragments(folder / own, fragments, scalars)
+            write_fragments(folder / own[0], fragments, scalars)
+            if row_losses is not None:
+                row_losses.write(folder / own[1], parts)
             if not ranks.is_main:
-                return [own]
+                return own
             save_weights(self.tuned, weights, self.processing, folder)
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             for name in COPIED:
                 shutil.copyfile(output_dir / name, folder / name)
-            return [own, *(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "optimizer-", "part-")))]
+            return [*own, *(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith((".", "optimizer-", "row_losses-", "part-")))]
 
         return write, sum(item.values.nbytes for item in fragments) + sum(tensor.nbytes for tensor in weights.values())
 

@@ -46,7 +46,7 @@ from interlace.training.parts import load_tuned_model, row_reader
 from interlace.training.planning import columns_of, prefixes_of
 from interlace.training.probe import probe
 from interlace.training.rehearsal import Rehearsal
-from interlace.training.resume import check_output_dir
+from interlace.training.resume import check_output_dir, folders_of_lists
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_data(arguments: Arguments, path: str, processing: Processing) -> tuple
 
 def refused_output(arguments: Arguments, path: str) -> list[str]:
     """Why training would not write into `output_dir`."""
-    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else []), *folders_of_lists(arguments)]
     try:
         check_output_dir(Path(arguments["output_dir"]), bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources)
     except InputError as error:
@@ -120,7 +120,11 @@ class RunForecast:
 
     def memory(self, machine: Machine, sharding: Sharding | None = None) -> Memory:
         """Memory of one device; without `sharding`, as the arguments want it."""
-        return memory_of(self.sizes, self.rehearsals, sharding or self.sharding, self.plan.accumulation, machine.device)
+        return self.memory_on(machine.device, sharding)
+
+    def memory_on(self, device: str, sharding: Sharding | None = None) -> Memory:
+        """The same, on a device of this kind: "cuda" or "cpu"."""
+        return memory_of(self.sizes, self.rehearsals, sharding or self.sharding, self.plan.accumulation, device)
 
     def fits(self, machine: Machine) -> bool:
         """Whether it fits this machine's device."""

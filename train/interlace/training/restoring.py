@@ -16,6 +16,7 @@ from interlace.model.tuning import TunedModel
 from interlace.ranks import Ranks
 from interlace.training.checkpoint import Checkpoint, Saver
 from interlace.training.fragments import restore_fragments, set_weights
+from interlace.training.row_losses import RowLosses
 from interlace.training.sharding import engine_of, float32_weights, slice_weights
 from interlace.training.spikes import LossRecord
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE, OptimizerFiles, plain, read_json_state
@@ -59,6 +60,7 @@ class RestoredTrainer(Trainer):
         self.skipped_steps = 0
         self._counts = torch.zeros(5 + len(self.more_counts), dtype=torch.float64, device=self.args.device)  # of this rank, since the last log
         self._losses = LossRecord(survival.ranks.rank)
+        self.row_losses: RowLosses | None = None  # kept once it is set
         self._best: tuple[Any, ...] = (None, None, None)  # metric, step and folder at the last save
         self._progress: dict[str, Any] | None = None
         self._evaluated_step = -1
@@ -96,10 +98,16 @@ class RestoredTrainer(Trainer):
         if checkpoint is not None:
             self._restore_optimizer(checkpoint.folder)
             self._progress = read_json_state(checkpoint.folder / PROGRESS_FILE)
+            self._take_up_row_losses(checkpoint.folder)
             scale = None if self._progress is None else self._progress.get("loss_scale")
             if scale is not None and self.args.fp16:
                 self._restore_loss_scale(scale)
         return prepared
+
+    def _take_up_row_losses(self, folder: Path) -> None:
+        """On one rank, what all ranks knew: sums add up."""
+        if self.row_losses is not None and self.survival.ranks.is_main and not self.row_losses.take_up(folder):
+            tqdm.write(f"warning: {folder} holds losses of other rows: the row report begins here")
 
     def _has_masters(self) -> bool:
         """Whether the optimizer steps float32 copies of weights that the model has in 16 bits."""

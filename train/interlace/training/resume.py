@@ -11,6 +11,7 @@ from interlace.errors import InputError
 from interlace.training.checkpoint import (
     FORMAT,
     LATEST,
+    REPORT_FILE,
     STATE_FILE,
     Checkpoint,
     checkpoint_folders,
@@ -25,7 +26,10 @@ from interlace.training.checkpoint import (
 )
 from interlace.training.state import PROGRESS_FILE, SCHEDULER_FILE
 
-RESULTS = (STATE_FILE, "train_results.json", "all_results.json", "training_curves.png")
+RESULTS = (
+    *(STATE_FILE, "train_results.json", "all_results.json", "training_curves.png"),
+    *(REPORT_FILE, "row_report.parquet", "row_report.json", "row_drop.json"),
+)
 RECORDS = ("arguments.json", "environment.json", "ledger.json", "loss_spikes.jsonl", "wandb_run_id.txt", "README.md", *RESULTS)
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 # What else decides which weights train and how a row becomes numbers; rows, their order and their number per step are held against the plan's fingerprint
@@ -46,6 +50,8 @@ FREE_KEYS = (
     "allow_partial_resume",
     "trust_checkpoint",
     "output_dir",
+    "row_report",
+    "row_report_images",
     "eval_on_start",
     "local_rank",
 )
@@ -68,6 +74,12 @@ def check_output_dir(output_dir: Path, resumes: bool, overwrite: bool, sources: 
             f"output_dir: {output_dir} already holds a run or a model ({', '.join(held[:3])}); choose another folder, "
             "or set resume_from_checkpoint: true to go on, or overwrite_output_dir: true to start over"
         )
+
+
+def folders_of_lists(arguments: Mapping[str, Any]) -> list[str]:
+    """The folders of the lists that `exclude_rows` names: a run that wrote there would write over them."""
+    entries = [*arguments["dataset"]["train"], *(arguments["dataset"].get("eval") or [])]
+    return [str(Path(entry["exclude_rows"]).parent) for entry in entries if entry.get("exclude_rows")]
 
 
 def find_checkpoint(output_dir: Path, arguments: Mapping[str, Any], say: Callable[[str], None]) -> Checkpoint | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments, get_scheduler
@@ -35,10 +36,21 @@ from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.publishing import publish
 from interlace.training.restoring import Survival
-from interlace.training.resume import accumulation_for, begin_branch, check_data, check_output_dir, check_settings, find_checkpoint, finished_steps
+from interlace.training.resume import (
+    accumulation_for,
+    begin_branch,
+    check_data,
+    check_output_dir,
+    check_settings,
+    find_checkpoint,
+    finished_steps,
+    folders_of_lists,
+)
+from interlace.training.row_losses import RowLosses
 from interlace.training.stopping import StopSignals
+from interlace.training.story import tell
 from interlace.training.summary import describe, report
-from interlace.training.tracking import draw_curves, environment, guarded_trackers, say, write_json
+from interlace.training.tracking import draw_curves, end_of_trackers, environment, guarded_trackers, say, write_json
 from interlace.training.trainer import PackedTrainer
 from interlace.training.watch import Watch
 from interlace.training.weights import load_weights
@@ -77,7 +89,7 @@ def run(arguments: Arguments, kind: Kind, prepare: Prepare) -> None:
 
 def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch: Watch, signals: StopSignals, lock: FolderLock) -> None:
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
-    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else [])]
+    sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else []), *folders_of_lists(arguments)]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
     ranks.on_main(lambda: lock.take(output_dir))
     checkpoint = ranks.on_main(lambda: find_checkpoint(output_dir, arguments, say))
@@ -88,7 +100,8 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     args = training_arguments(arguments)
     processing = processing_of(path, arguments)
     reader = row_reader(arguments, processing, kind)
-    rows, ledger = load_rows(read_entries(arguments["dataset"]["train"], args.seed), reader, arguments, ranks.is_main)
+    entries = read_entries(arguments["dataset"]["train"], args.seed)
+    rows, ledger = load_rows(entries, reader, arguments, ranks.is_main)
     costs = step_costs(empty_model(processing.config, arguments))
     train = PlannedRows(rows, training_plan(rows, processing.config, costs, arguments, args))
     data = f"{rows.fingerprint} {train.plan.fingerprint}"
@@ -103,6 +116,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
         check_data(checkpoint, data, train.plan.steps_per_epoch, arguments["accept_data_change"], say)
     elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
+    resident = psutil.Process().memory_info().rss
     tuned = load_tuned_model(path, arguments, args)
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     make = prepare(tuned, processing, train, evaluation, arguments, Task(args, ranks, path))
@@ -118,6 +132,8 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     costs = costs.with_reference() if asks_reference(arguments, kind) else costs
     asked = answers_of(arguments, processing, evaluation, reader, args)
     trainer = build_trainer(make, tuned, processing, args, train, evaluation, rates, without_secrets(arguments), survival, int(total_steps), costs, asked)
+    if kind == "supervised" and arguments["row_report"] != "off":
+        trainer.row_losses = RowLosses(len(rows), rows.fingerprint)
     saver.about["run"] = ranks.on_main(lambda: prepare_output(output_dir, arguments, ledger, checkpoint, lock))
     own = arguments["vision_gradient_checkpointing"]
     if args.activation_checkpointing if own is None else own:
@@ -125,14 +141,26 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     signals.listen()
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     watch.at(trainer.state.global_step, "saving")
+    with end_of_trackers(trainer.callback_handler.callbacks):
+        finish(trainer, int(total_steps), path, output_dir, result.metrics)
+        tell(trainer, arguments, entries, ledger, output_dir, result.metrics, resident)
+    if arguments["push_to_hub"] and ranks.is_main:
+        publish(output_dir, arguments, say)
+
+
+def finish(trainer: PackedTrainer, total_steps: int, path: str, output_dir: Path, metrics: dict[str, float]) -> None:
+    """Writes the result of a run that has made all of its steps.
+
+    Raises:
+        Stopped: it was asked to stop before.
+        RunError: the disk refuses.
+    """
     trainer.finish_saving()
-    if trainer.state.global_step >= total_steps and trainer.stop_code is None:  # else an evaluation, or the best checkpoint, may be missing
-        save_result(trainer, path, output_dir, result.metrics)
-        if arguments["push_to_hub"] and ranks.is_main:
-            publish(output_dir, arguments, say)
-    else:
-        assert trainer.stop_code is not None
-        raise early_end(trainer.state.global_step, int(total_steps), ranks.on_main(lambda: newest_step(output_dir)), trainer.stop_code)
+    step, code = trainer.state.global_step, trainer.stop_code
+    if step < total_steps or code is not None:  # an evaluation, or the best checkpoint, may be missing
+        assert code is not None
+        raise early_end(step, total_steps, trainer.survival.ranks.on_main(lambda: newest_step(output_dir)), code)
+    save_result(trainer, path, output_dir, metrics)
 
 
 def early_end(step: int, total_steps: int, saved: int | None, code: int) -> Stopped | RunError:

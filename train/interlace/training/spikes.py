@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from interlace.data.reading import Row
+from interlace.training.row_losses import row_sums
 
 WINDOW = 256  # micro-batches whose losses are remembered
 FEWEST = 32  # of them before anything is called a spike
@@ -96,17 +97,17 @@ class LossRecord:
     window: LossWindow = field(default_factory=LossWindow)
     _waiting: deque[tuple[int, torch.Tensor, tuple[int, ...]]] = field(default_factory=lambda: deque(maxlen=MOST_WAITING))
 
-    def add(self, step: int, log_probs: torch.Tensor, weights: torch.Tensor, sequence_index: torch.Tensor, row_numbers: Sequence[int]) -> None:
-        """Notes a micro-batch; nothing waits for the device.
+    def add(self, step: int, log_probs: torch.Tensor, weights: torch.Tensor, sequence_index: torch.Tensor, row_numbers: Sequence[int]) -> torch.Tensor:
+        """Notes a micro-batch; nothing waits for the device. Returns (2, sequences) sums of loss and of weight.
 
         Args:
             step: the optimizer step that it belongs to.
             log_probs, weights, sequence_index: (N,) as in `PackedBatch` and `RowScores`.
             row_numbers: data set row of each sequence; a filler's is negative, and it has no weight.
         """
-        sums = torch.zeros(2, len(row_numbers), dtype=torch.float32, device=log_probs.device)
-        terms = torch.stack([-log_probs.detach().float() * weights, weights.float()])
-        self._waiting.append((step, sums.index_add_(1, sequence_index, terms), tuple(row_numbers)))
+        sums = row_sums(log_probs, weights, sequence_index, len(row_numbers))
+        self._waiting.append((step, sums, tuple(row_numbers)))
+        return sums
 
     def look(self, dataset: Sequence[Row]) -> list[Spike]:
         """The spikes among the micro-batches since the last look, in order; forgets these.

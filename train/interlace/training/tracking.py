@@ -6,8 +6,9 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partialmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ SHOWN = (
 class GuardedTracker(TrainerCallback):
     """Passes the Trainer's events on to a tracker, with arguments that hold no secret. A tracker that raises is left out for the rest of the run.
 
+    It hears of the end of training when the run's report is there, too: `end_of_trackers`.
+
     Args:
         tracker: a callback of `report_to`.
     """
@@ -80,6 +83,7 @@ class GuardedTracker(TrainerCallback):
     def __init__(self, tracker: TrainerCallback):
         self.tracker: TrainerCallback | None = tracker
         self._shown: TrainingArguments | None = None  # the arguments without secrets: made once, not at every step
+        self._end: Callable[[], None] | None = None
 
     def _pass_on(self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         if self.tracker is None:
@@ -104,7 +108,27 @@ class GuardedTracker(TrainerCallback):
     on_predict = partialmethod(_pass_on, "on_predict")
     on_save = partialmethod(_pass_on, "on_save")
     on_push_begin = partialmethod(_pass_on, "on_push_begin")
-    on_train_end = partialmethod(_pass_on, "on_train_end")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Remembers it for `end`."""
+        self._end = partial(self._pass_on, "on_train_end", args, state, control, **more)
+
+    def end(self) -> None:
+        """Passes on that training has ended, if it has."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+
+@contextmanager
+def end_of_trackers(callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """Whatever happens inside, the trackers among these callbacks hear of the end of training behind it."""
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, GuardedTracker):
+                callback.end()
 
 
 def time_budget(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

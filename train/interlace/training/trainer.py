@@ -197,7 +197,9 @@ class PackedTrainer(PlannedTrainer):
         self._counts[2] += inputs.num_tokens
         self._counts[3] += inputs.num_images
         self._counts[4] += inputs.is_cached.count(False)
-        self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights * counted, inputs.sequence_index, inputs.row_numbers)
+        sums = self._losses.add(self.state.global_step + 1, scores.log_probs, inputs.weights * counted, inputs.sequence_index, inputs.row_numbers)
+        if self.row_losses is not None:
+            self.row_losses.add(self._epoch, sums, inputs.row_numbers)
         self._in_step.append((loss, inputs.row_numbers))
 
     def counted(self, batch: PackedBatch) -> torch.Tensor:
@@ -222,6 +224,8 @@ class PackedTrainer(PlannedTrainer):
         """Adds accuracy and throughput of all ranks since the last log to a training log."""
         if "loss" in logs:
             spikes, ranks = self._losses.look(self.train_rows.rows), self.survival.ranks
+            if self.row_losses is not None:
+                self.row_losses.look()
             self.clock.mark("other")
             phases = self.clock.take()
             num_spikes, flops, *sums = ranks.sum([len(spikes), self._flops, *phases.values(), *self._counts.tolist()])

@@ -16,6 +16,7 @@ from transformers.integrations import WandbCallback
 from interlace.data.media import open_images
 from interlace.redaction import readable, tells_secrets
 from interlace.training.answering import Example
+from interlace.training.checkpoint import REPORT_FILE
 
 STRIP_HEIGHT = 224
 RUN_ID_FILE = "wandb_run_id.txt"
@@ -60,9 +61,12 @@ class WandbTracker(WandbCallback):
             wandb.log({"eval/answers": table}, commit=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:  # type: ignore[override]
-        """Closes the run; what W&B has not taken within a minute stays on disk."""
+        """Hands the run's report over, if there is one, and closes the run; what W&B has not taken within a minute stays on disk."""
         super().on_train_end(args, state, control, **more)
         if wandb.run is not None:
+            page = None if args is None else Path(str(args.output_dir)) / REPORT_FILE
+            if page is not None and page.is_file():
+                wandb.run.log({"report": wandb.Html(str(page), inject=False)})
             folder = wandb.run.settings.sync_dir
             try:
                 wandb.run.finish()
