@@ -47,8 +47,8 @@ def scenes() -> Iterator[dict[str, Any]]:
     while count < len(rows):
         digits = randomness.sample(range(10), randomness.randint(2, 4))
         letters = demo.LETTERS[: len(digits)]
-        images, looked = [randomness.choice(images_of[digit]) for digit in digits], [f"image {a}: {d}" for a, d in zip(letters, digits, strict=True)]
-        turns = [(f"Which image shows the digit {digit}?", ", ".join(looked[: place + 1])) for place, digit in enumerate(digits)]
+        images = [randomness.choice(images_of[digit]) for digit in digits]
+        turns = [(f"Which image shows the digit {digit}?", demo.found(digits, place)) for place, digit in enumerate(digits)]
         turns += [("Which digit is the largest?", f"digit {max(digits)}")]
         turns += [("How many images show an even digit?", f"{sum(digit % 2 == 0 for digit in digits)} of {len(digits)}")]
         start = "".join(f"Image {letter}: <image>\n" for letter in letters)
