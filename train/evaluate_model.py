@@ -13,6 +13,7 @@ ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
 
 def main() -> None:
     options = read_options()
+    from interlace.inference.choices import check_choices, rank_choices
     from interlace.inference.comparison import comparison_table, matched, read_earlier, write_comparison
     from interlace.inference.diagnostics import ablate, diagnosis_table, write_diagnosis
     from interlace.inference.evaluation import predict, prediction_of, read_questions
@@ -38,7 +39,11 @@ def main() -> None:
             matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
         settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
         partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
-        predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
+        if options.rank_choices:
+            check_choices(questions)
+            predictions = rank_choices(generator, questions, options.batch_size, ranks)
+        else:
+            predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
     earlier = None if earlier is None else matched(earlier, predictions)
     if ranks.is_main:
         metrics = write_scores(options.output_dir, predictions)
@@ -79,6 +84,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; needs no model. With --data-files, references come from there")
     words = ", ".join(METRICS)
     parser.add_argument("--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {words}; default: exact_match")
+    parser.add_argument("--rank-choices", action="store_true", help="the likeliest of metadata.choices is the answer; nothing is generated")
     parser.add_argument("--compare-with", type=Path, metavar="P", help="an earlier model's predictions.jsonl, or its output folder: which rows changed")
     parser.add_argument("--diagnose", nargs="*", choices=ABLATIONS, metavar="A", help=f"ask again with images changed: {', '.join(ABLATIONS)}; alone: all")
     parser.add_argument("--diagnose-rows", type=int, default=1000, metavar="N", help="how many rows are asked again, evenly from all; 0: all")

@@ -161,6 +161,17 @@ class ChatTemplate:
             ids, labels = [*ids, *before, *answer], [*labels, *[IGNORE_INDEX] * len(before), *answer]
         return _encoded(ids, labels, [1.0] * len(ids), self.image_token_id, leaf_starts=tuple(starts))
 
+    def with_answer(self, encoded: Encoded, answer: Turn) -> Encoded:
+        """A row with another answer in the place of its last one, which alone is supervised.
+
+        Raises:
+            BadRow: a control token in the text.
+        """
+        prompt = encoded.input_ids[: encoded.answer_starts[-1]].tolist()
+        found = self._answer_ids((Turn("user", (Text("?"),)),), answer)
+        ids, labels = [*prompt, *found], [*[IGNORE_INDEX] * len(prompt), *found]
+        return _encoded(ids, labels, [1.0] * len(ids), self.image_token_id, (len(ids),), encoded.answer_starts[-1:])
+
     def _answer_ids(self, prompt: Sequence[Turn], answer: Turn) -> list[int]:
         piece = self.style.write(self._prepared([*prompt, answer]), self.text_ids)[-1]
         return [*piece.body, *piece.tail[: self.style.num_supervised]]
