@@ -56,7 +56,7 @@ class WandbTracker(WandbCallback):
         if state.is_world_process_zero and wandb.run is not None and self.examples:
             table = wandb.Table(columns=["step", "id", "images", "question", "answer", "reference"])
             for example in self.examples:
-                images = wandb.Image(side_by_side(open_images(example.images))) if example.images else None
+                images = wandb.Image(side_by_side(open_images(example.images)))  # a column that begins without one would show none
                 table.add_data(state.global_step, example.identifier, images, example.question, example.prediction, example.reference)
             wandb.log({"eval/answers": table}, commit=False)
 
@@ -75,9 +75,9 @@ class WandbTracker(WandbCallback):
 
 
 def side_by_side(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    """Images in order in one strip, each at most `STRIP_HEIGHT` pixels high."""
+    """Images in order in one strip, each at most `STRIP_HEIGHT` pixels high; a white dot for none."""
     small = [image.resize((max(1, image.width * min(STRIP_HEIGHT, image.height) // image.height), min(STRIP_HEIGHT, image.height))) for image in images]
-    strip = PIL.Image.new("RGB", (sum(image.width + 4 for image in small) - 4, max(image.height for image in small)), "white")
+    strip = PIL.Image.new("RGB", (max(sum(image.width + 4 for image in small) - 4, 1), max((image.height for image in small), default=1)), "white")
     place = 0
     for image in small:
         strip.paste(image, (place, 0))
