@@ -100,13 +100,8 @@ def test_images_stand_side_by_side() -> None:
 def test_wandb_shows_answers_with_their_images(rows_file: Path, tmp_path: Path, make_arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    tables, log = [], wandb.log
-
-    def watched(values: dict[str, Any], **more: Any) -> None:
-        tables.extend(value for name, value in values.items() if name == "eval/answers")
-        log(values, **more)
-
-    monkeypatch.setattr(wandb, "log", watched)
+    tables, make = [], wandb.Table
+    monkeypatch.setattr(wandb, "Table", lambda **values: (tables.append(make(**values)), tables[-1])[1])
     dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(rows_file)}]}
     asks = {"eval_generate": True, "eval_generate_rows": 4, "eval_generate_max_new_tokens": 4, "eval_strategy": "steps", "eval_steps": 2}
     finetune(make_arguments(rows_file, dataset=dataset, report_to="wandb", **asks))
