@@ -36,7 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def scenes() -> Iterator[dict[str, Any]]:
-    """The demo's rows, but those of its new tasks ask about scenes: two to four different digits, where each is found, the largest, how many are even."""
+    """The demo's rows, but those of its new tasks ask about scenes: two to four different digits; what is in each image, the largest, how many are even, all of
+    them in reverse order."""
     target, rows = load_digits().target, json.loads((demo.prepare() / "train.json").read_text())
     images_of: dict[int, list[str]] = {digit: [] for digit in range(10)}
     for image in sorted({image for row in rows for image in row.get("image", [])}):
@@ -48,7 +49,8 @@ def scenes() -> Iterator[dict[str, Any]]:
         digits = randomness.sample(range(10), randomness.randint(2, 4))
         letters = demo.LETTERS[: len(digits)]
         images = [randomness.choice(images_of[digit]) for digit in digits]
-        turns = [(f"Which image shows the digit {digit}?", demo.found(digits, place)) for place, digit in enumerate(digits)]
+        turns = [(f"What digit is in image {letter}?", f"image {letter}: {digit}") for letter, digit in zip(letters, digits, strict=True)]
+        turns += [("Read all images in reverse order.", " ".join(map(str, reversed(digits))))]
         turns += [("Which digit is the largest?", f"digit {max(digits)}")]
         turns += [("How many images show an even digit?", f"{sum(digit % 2 == 0 for digit in digits)} of {len(digits)}")]
         start = "".join(f"Image {letter}: <image>\n" for letter in letters)

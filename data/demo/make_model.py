@@ -19,7 +19,7 @@ from interlace.model.loading import Processing
 from interlace.model.saving import save_model, save_processing
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-NEW_QUESTIONS = ["Which digit is the largest?", "How many images show an even digit?", "Which image shows the digit 7?", "2 of 4"]
+NEW_QUESTIONS = ["Which digit is the largest?", "How many images show an even digit?", "Read all images in reverse order.", "2 of 4"]
 PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
 

@@ -23,7 +23,7 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "data" / "demo" / "files"
-BASE_TASKS, NEW_TASKS = ("name", "name_k", "read", "text"), ("largest", "even", "find")
+BASE_TASKS, NEW_TASKS = ("name", "name_k", "read", "text"), ("largest", "even", "reverse")
 
 
 def run(*words: str | Path) -> None:
@@ -123,7 +123,7 @@ def main() -> None:
     records = {row["id"]: row for row in json.loads((FILES / f"{options.split}.json").read_text())}
     rows = read_rows(output / "after" / "predictions.jsonl")
     before, after = (json.loads((output / name / "metrics.json").read_text())["datasets"] for name in ("before", "after"))
-    asked = next(row for row in rows if row["metadata"]["dataset"] == "find" and row["metadata"]["num_images"] == 3)
+    asked = next(row for row in rows if row["metadata"]["dataset"] == "reverse" and row["metadata"]["num_images"] == 3)
     text = records[asked["id"]]["conversations"][0]["value"]
     files = [(FILES / name).relative_to(ROOT) for name in records[asked["id"]]["image"]]
     run("train/predict_multiround.py", "--model-path", adapter, "--image-file", *files, "--query", text)
