@@ -73,16 +73,17 @@ def test_the_script_ranks_choices(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert all(row["prediction"] in row["metadata"]["choices"] for row in rows)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.jsonl", "metrics.json", "report.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.jsonl", "metrics.json", "evaluation.html"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"choices": ["a", "b"]}, "row 2: the reference"),
-        ({"choices": ["a", "a"]}, "row 2: metadata.choices: expected a list of different texts"),
-        ({"choices": "abc"}, "row 2: metadata.choices: expected a list of different texts"),
-        (None, "no row has metadata.choices"),
+        ({"choices": ["a", "a"]}, "row 2: metadata.choices: expected a list of two or more different texts"),
+        ({"choices": "abc"}, "row 2: metadata.choices: expected a list of two or more different texts"),
+        ({"choices": ["digit 3"]}, "1 rows whose choices cannot be ranked"),
+        (None, "row 0: metadata.choices: expected a list of two or more different texts, got \\[\\]"),
     ],
 )
 def test_choices_that_cannot_be_ranked_are_refused(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:

@@ -98,7 +98,7 @@ def test_two_files_are_compared_without_a_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())["overall"]
     assert (found["gained"], found["lost"]) == (7, 5)
-    assert "+6.7%" in done.stdout and str(tmp_path / "out" / "report.html") in done.stdout
+    assert "+6.7%" in done.stdout and str(tmp_path / "out" / "evaluation.html") in done.stdout
     assert not (tmp_path / "out" / "diagnostics.json").exists()
 
 
@@ -107,7 +107,7 @@ def test_two_files_are_compared_without_a_model(tmp_path: Path) -> None:
     [
         ([row(1, "a")], [], "no earlier prediction for 1 row (0)"),
         ([row(0, "a", reference="z")], [], "another reference in 1 row (0)"),
-        ([row(0, "a")], ["--diagnose"], "--diagnose asks the model"),
+        ([row(0, "a")], ["--diagnose"], "do not go with --predictions"),
         ([row(0, "a")], ["--report-rows", "-1"], "expected at least 0"),
         (None, [], "cannot be read"),
     ],

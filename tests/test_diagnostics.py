@@ -228,7 +228,7 @@ def test_every_changed_question_is_asked_once(demo: tuple[Generator, list[Outcom
     rows = [outcomes[-1], next(outcome for outcome in outcomes if len(row_of(outcome).images) == 2)]
     questions: list[Outcome] = []
 
-    def count(generator: Generator, outcomes: list[Outcome], batch_size: int, max_new_tokens: int, ranks: Ranks | None) -> list[dict[str, Any]]:
+    def count(generator: Generator, outcomes: list[Outcome], batch_size: int, max_new_tokens: int, partial: Any, ranks: Ranks | None) -> list[dict[str, Any]]:
         questions.extend(outcomes)
         return predict(generator, outcomes, batch_size, max_new_tokens)
 
@@ -264,6 +264,6 @@ def test_the_script_diagnoses_and_reports(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
     assert set(found["ablations"]) == {"shuffled", "dropped"} and found["rows"] == 4
     assert "shuffled" in done.stdout and str(tmp_path / "out" / "diagnostics.json") in done.stdout
-    assert "With the images changed" in (tmp_path / "out" / "report.html").read_text()
+    assert "With the images changed" in (tmp_path / "out" / "evaluation.html").read_text()
     wrong = run("evaluate_model.py", *words, "--diagnose", "shufled", "--output-dir", tmp_path / "never")
     assert (wrong.returncode, "shufled" in wrong.stderr, (tmp_path / "never").exists()) == (2, True, False)

@@ -13,6 +13,7 @@ import torch
 
 from interlace.data.reading import Outcome
 from interlace.data.sample import Image, Text, Turn
+from interlace.errors import InputError
 from interlace.inference.evaluation import batches_of, predict, read_questions
 from interlace.inference.generation import Generator, Prompt, load_generator
 from interlace.inference.partial import PartialPredictions, fingerprint_of
@@ -148,6 +149,41 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Generator, "answer", small)
     assert predict(generator, outcomes, 8, 4) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
+
+
+def test_rows_share_only_where_that_pays(tmp_path: Path) -> None:
+    """Two short questions about one small image had better stand in a full batch; about a long scene they share it."""
+    generator = load_generator("demo")
+    outcomes = outcomes_of(generator, questions_about_one_scene(tmp_path, 2))
+    assert [len(batch) for batch in batches_of(outcomes, 32)] == [4]
+    long = [replace(outcome, row=replace(outcome.row, image_tokens=tuple(700 for _ in outcome.row.images))) for outcome in outcomes]  # type: ignore[union-attr,type-var]
+    assert sorted(len(batch) for batch in batches_of(long, 32)) == [2, 2]
+
+
+def test_what_comes_with_a_model_changes_no_answer(tmp_path: Path) -> None:
+    generator = load_generator("demo")
+    outcomes = outcomes_of(generator, write_rows(tmp_path, 5))
+    expected = predict(generator, outcomes, 5, 6)
+    model: Any = generator.model
+    model.generation_config.repetition_penalty = 1e6
+    model.generation_config.suppress_tokens = [generator.processing.tokenizer.convert_tokens_to_ids("1")]
+    assert predict(generator, outcomes, 5, 6) == expected
+
+
+def test_images_that_cannot_be_decoded_are_named_with_their_rows_once_the_others_are_answered(tmp_path: Path) -> None:
+    generator = load_generator("demo")
+    outcomes = outcomes_of(generator, write_rows(tmp_path, 8))
+    picture = Path(outcomes[1].row.images[0].path)  # type: ignore[union-attr]
+    content = bytearray(picture.read_bytes())
+    place = content.index(b"IDAT") + 20
+    content[place : place + 8] = b"\0" * 8  # whole by header and end
+    picture.write_bytes(content)
+    broken = [outcome.record.index for outcome in outcomes if any(image.path == str(picture) for image in outcome.row.images)]  # type: ignore[union-attr]
+    partial = PartialPredictions(tmp_path / "out", "x", 0)
+    with pytest.raises(InputError) as caught:
+        predict(generator, outcomes, 1, 4, partial)
+    assert all(f"rows.json: row {index}: " in str(caught.value) for index in broken) and picture.name in str(caught.value)
+    assert set(partial.read()) == set(range(8)) - set(broken)
 
 
 def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

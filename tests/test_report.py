@@ -80,7 +80,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def page(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
+    path = tmp_path_factory.mktemp("page") / "evaluation.html"
     path.write_text(report(evaluation, 100), encoding="utf-8")
     return path
 
@@ -173,8 +173,8 @@ def test_the_figures_are_those_of_the_files(opened: Browser, evaluation: Evaluat
 
 def test_an_interval_is_drawn_where_the_scale_says(browser: Browser, evaluation: Evaluation, tmp_path: Path) -> None:
     """Whisker and dot of the row, measured in pixels against the axis: x is linear in the value."""
-    (tmp_path / "report.html").write_text(report(evaluation, 0), encoding="utf-8")
-    browser.open(tmp_path / "report.html")
+    (tmp_path / "evaluation.html").write_text(report(evaluation, 0), encoding="utf-8")
+    browser.open(tmp_path / "evaluation.html")
     ticks = browser.ask(
         "[...document.querySelectorAll('#comparison tr[aria-hidden] text')].map((e) => [parseFloat(e.textContent.replace('−', '-')), "
         "(e.getBoundingClientRect().left + e.getBoundingClientRect().right) / 2])"
@@ -253,7 +253,7 @@ def test_the_page_fits_a_phone_and_both_schemes(opened: Browser, page: Path, sch
 
 
 def test_predictions_alone_make_rows_without_pictures(browser: Browser, evaluation: Evaluation, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
+    path = tmp_path / "evaluation.html"
     alone = Evaluation("predictions.jsonl", "", evaluation.predictions, evaluation.metrics)
     path.write_text(report(alone, 100), encoding="utf-8")
     browser.open(path)

@@ -21,12 +21,12 @@ def main() -> None:
     from interlace.inference.partial import PartialPredictions, fingerprint_of
     from interlace.inference.references import read_expected, with_references
     from interlace.inference.report import Evaluation, report
-    from interlace.ranks import join
+    from interlace.ranks import Ranks, join
 
     files = "demo" if options.data_files == ["demo"] else options.data_files
     entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
     earlier = None if options.compare_with is None else read_earlier(options.compare_with, options.output_dir)
-    ranks, questions, ablated, partial = join(), None, [], None
+    ranks, questions, ablated, partials = join() if options.predictions is None else Ranks(), None, [], []
     if options.predictions is not None:
         predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
         if files:
@@ -37,24 +37,26 @@ def main() -> None:
         questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, options.metric, ranks)
         if earlier is not None:
             matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
-        settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
-        partial = PartialPredictions(options.output_dir, fingerprint_of(options.model_path, questions, settings), ranks.rank)
+        sizes = options.batch_size, options.max_new_tokens
         if options.rank_choices:
             check_choices(questions)
             predictions = rank_choices(generator, questions, options.batch_size, ranks)
         else:
-            predictions = predict(generator, questions, options.batch_size, options.max_new_tokens, partial, ranks)
+            settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
+            fingerprint = fingerprint_of(options.model_path, questions, settings)
+            asked = f"{fingerprint}-{options.seed}-{options.diagnose_rows}-{'-'.join(options.diagnose or ABLATIONS)}"
+            partials = [PartialPredictions(options.output_dir, name, ranks.rank) for name in (fingerprint, asked)]
+            predictions = predict(generator, questions, *sizes, partials[0], ranks)
     earlier = None if earlier is None else matched(earlier, predictions)
     if ranks.is_main:
         metrics = write_scores(options.output_dir, predictions)
         print(metrics_table(metrics))
-    if partial is not None and ranks.is_main:
-        partial.remove()
     if options.diagnose is not None:
-        sizes = options.batch_size, options.max_new_tokens, options.diagnose_rows
-        ablated = ablate(generator, questions, predictions, options.diagnose or ABLATIONS, *sizes, options.seed, ranks)
+        ablated = ablate(generator, questions, predictions, options.diagnose or ABLATIONS, *sizes, options.diagnose_rows, options.seed, partials[1], ranks)
     if not ranks.is_main:
         return
+    for partial in partials:
+        partial.remove()
     comparison = diagnosis = None
     if earlier is not None:
         comparison = write_comparison(options.output_dir, earlier, predictions, options.seed)
@@ -64,8 +66,8 @@ def main() -> None:
         print(f"\n{diagnosis_table(diagnosis)}")
     names = str(options.model_path or options.predictions), " ".join(options.data_files or ())
     evaluation = Evaluation(*names, predictions, metrics, questions, str(options.compare_with), earlier, comparison, ablated, diagnosis)
-    (options.output_dir / "report.html").write_text(report(evaluation, options.report_rows), encoding="utf-8")
-    written = {"predictions.jsonl": True, "metrics.json": True, "comparison.json": comparison, "diagnostics.json": diagnosis, "report.html": True}
+    (options.output_dir / "evaluation.html").write_text(report(evaluation, options.report_rows), encoding="utf-8")
+    written = {"predictions.jsonl": True, "metrics.json": True, "comparison.json": comparison, "diagnostics.json": diagnosis, "evaluation.html": True}
     print("\n" + "\n".join(str(options.output_dir / name) for name, there in written.items() if there))
 
 
@@ -80,7 +82,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--data-files", nargs="+", metavar="F", help='files in any training format, or "demo"')
     parser.add_argument("--split", choices=("train", "validation", "test"), help="which set of the demo, with --data-files demo")
     parser.add_argument("--image-folder", metavar="D", help="where image paths start; default: the data file's folder")
-    parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl, metrics.json and report.html")
+    parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl, metrics.json and evaluation.html")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; needs no model. With --data-files, references come from there")
     words = ", ".join(METRICS)
     parser.add_argument("--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {words}; default: exact_match")
@@ -88,7 +90,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--compare-with", type=Path, metavar="P", help="an earlier model's predictions.jsonl, or its output folder: which rows changed")
     parser.add_argument("--diagnose", nargs="*", choices=ABLATIONS, metavar="A", help=f"ask again with images changed: {', '.join(ABLATIONS)}; alone: all")
     parser.add_argument("--diagnose-rows", type=int, default=1000, metavar="N", help="how many rows are asked again, evenly from all; 0: all")
-    parser.add_argument("--report-rows", type=int, default=100, metavar="N", help="how many rows report.html shows")
+    parser.add_argument("--report-rows", type=int, default=100, metavar="N", help="how many rows evaluation.html shows")
     parser.add_argument("--seed", type=int, default=0, help="of --diagnose and of bootstrap intervals")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
@@ -98,6 +100,7 @@ def read_options() -> argparse.Namespace:
     for bits in ("4", "8"):
         parser.add_argument(f"--load-in-{bits}bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
+    asks = options.diagnose is not None or options.rank_choices
     problems = {
         f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {words}": options.metric not in (None, *METRICS),
         "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,
@@ -105,7 +108,8 @@ def read_options() -> argparse.Namespace:
         f"{options.output_dir} is a file; expected a folder": options.output_dir.exists() and not options.output_dir.is_dir(),
         "--load-in-4bit and --load-in-8bit: expected one of them": options.load_in_4bit and options.load_in_8bit,
         "expected --model-path and --data-files, or --predictions FILE": not options.predictions and not (options.model_path and options.data_files),
-        "--diagnose asks the model; it does not go with --predictions": options.predictions is not None and options.diagnose is not None,
+        "--diagnose and --rank-choices ask the model; they do not go with --predictions": bool(options.predictions) and asks,
+        "--diagnose asks for answers in words; it does not go with --rank-choices": options.rank_choices and options.diagnose is not None,
     }
     if any(problems.values()):
         raise InputError("\n  ".join(problem for problem, holds in problems.items() if holds))

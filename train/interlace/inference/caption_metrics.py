@@ -51,7 +51,7 @@ def cider(pairs: Sequence[Pair]) -> dict[str, Any]:
     tokenize = TokenizerZh()
     expected = {number: [caption_words(reference, tokenize) for reference in references] for number, (_, references) in enumerate(pairs)}
     score, _ = Cider().compute_score(expected, {number: [caption_words(prediction, tokenize)] for number, (prediction, _) in enumerate(pairs)})
-    return {"score": float(score)}
+    return {"score": float(score) / 10, "cider": float(score)}
 
 
 def caption_words(text: str, tokenize: Callable[[str], str]) -> str:

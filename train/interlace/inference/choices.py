@@ -21,30 +21,29 @@ _SHOWN = 5
 
 
 def choices_of(outcome: Outcome) -> list[str]:
-    """The choices that a row names in `metadata.choices`; none if it names none."""
+    """What a row names in `metadata.choices`."""
     assert outcome.sample is not None
-    choices: list[str] = outcome.sample.metadata.get("choices") or []
+    choices: list[str] = outcome.sample.metadata.get("choices", [])
     return choices
 
 
 def check_choices(outcomes: Sequence[Outcome]) -> None:
-    """Whether there is something to choose, and the reference is among it.
+    """Whether every row has something to choose from, and its reference is among it.
 
     Raises:
-        InputError: no row names choices, or some cannot be what is meant; by row.
+        InputError: rows for which that is not so.
     """
     problems = []
     for outcome in outcomes:
         choices, where = choices_of(outcome), f"{outcome.record.file}: row {outcome.record.index}"
-        if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices) or len(set(choices)) < len(choices):
-            problems.append(f"{where}: metadata.choices: expected a list of different texts, got {str(choices)[:80]}")
-        elif choices and (reference := prediction_of(outcome, "")["reference"]) not in choices:
+        are_texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
+        if not are_texts or len(set(choices)) < max(len(choices), 2):
+            problems.append(f"{where}: metadata.choices: expected a list of two or more different texts, got {str(choices)[:80]}")
+        elif (reference := prediction_of(outcome, "")["reference"]) not in choices:
             problems.append(f"{where}: the reference {reference[:40]!r} is none of the choices {str(choices)[:80]}")
     if problems:
         more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
         raise InputError("\n  ".join([f"{len(problems):,} rows whose choices cannot be ranked", *problems[:_SHOWN]]) + more)
-    if not any(choices_of(outcome) for outcome in outcomes):
-        raise InputError("--rank-choices: no row has metadata.choices, the list of texts to choose from")
 
 
 def rank_choices(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, ranks: Ranks | None = None) -> list[dict[str, Any]]:

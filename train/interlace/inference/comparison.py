@@ -138,6 +138,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     rows = [("overall", comparison["overall"])]
     rows += [(f"  {name}", value) for name, value in comparison["datasets"].items()]
     rows += [(f"  {name} image{'' if name == '1' else 's'}", value) for name, value in comparison["num_images"].items()]
+    if not comparison["overall"]["count"]:
+        return "no row has a score of its own that could be compared: BLEU and CIDEr are of all rows together"
     lines = [f"{'compared, 95% interval':28s} {'before':>7s} {'after':>7s} {'change':>7s} {'':17s} {'gained':>7s} {'lost':>7s}"]
     for name, value in rows:
         scores = f"{value['before']:7.1%} {value['after']:7.1%} {value['difference']:+7.1%} {interval_text(value['interval']):17s}"

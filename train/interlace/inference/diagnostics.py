@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from tqdm import tqdm
 
 from interlace.data.lengths import expanded_length
 from interlace.data.media import open_images
@@ -26,6 +27,7 @@ from interlace.inference.comparison import RESAMPLES, dataset_of, interval_text,
 from interlace.inference.evaluation import predict
 from interlace.inference.generation import Generator
 from interlace.inference.metrics import row_scores
+from interlace.inference.partial import PartialPredictions
 from interlace.model.processing import Processing
 from interlace.ranks import Ranks
 
@@ -76,8 +78,9 @@ class Ablations:
                     yield name, image + 1, _with_images(row, [*row.images[:image], grey[image], *row.images[image + 1 :]])
                 yield "all_blanked", None, _with_images(row, grey)
             case "dropped":
+                sizes = [opened.size for opened in open_images(row.images)]
                 for image in range(len(row.images)):
-                    yield name, image + 1, self._without(row, image)
+                    yield name, image + 1, self._without(row, image, sizes)
             case "swapped":
                 group = self.partners.get((row.file, row.index), ())
                 drawn = random_of_row.sample(group, min(len(group), _MOST_TRIES))
@@ -94,8 +97,12 @@ class Ablations:
             places.append(Place(str(path.resolve())))
         return places
 
-    def _without(self, row: Row, image: int) -> Row:
-        """A row without one image and the newline that the template puts behind it; the others count as a model counts that many images."""
+    def _without(self, row: Row, image: int, sizes: Sequence[tuple[int, int]]) -> Row:
+        """A row without one image and the newline that the template puts behind it; the others count as a model counts that many images.
+
+        Args:
+            sizes: (width, height) of the row's images.
+        """
         encoded, template = row.encoded, self.processing.template
         start = int(np.flatnonzero(encoded.input_ids == template.image_token_id)[image])
         end = start + 1
@@ -105,7 +112,7 @@ class Ablations:
         changed: dict[str, Any] = {name: getattr(encoded, name)[kept] for name in ("input_ids", "labels", "weights")}
         changed |= {name: tuple(at - (end - start) * (at > start) for at in getattr(encoded, name)) for name in ("answer_starts", "exchange_ends")}
         images = row.images[:image] + row.images[image + 1 :]
-        tokens = tuple(self.processing.row_image_tokens([opened.size for opened in open_images(images)])) if images else ()
+        tokens = tuple(self.processing.row_image_tokens([*sizes[:image], *sizes[image + 1 :]])) if images else ()
         encoded = replace(encoded, num_images=encoded.num_images - 1, **changed)
         return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens), prefix_ids=0, prefix_images=0)
 
@@ -170,12 +177,13 @@ def ablate(
     max_new_tokens: int,
     most_rows: int = 0,
     seed: int = 0,
+    partial: PartialPredictions | None = None,
     ranks: Ranks | None = None,
 ) -> list[Ablated]:
     """The answers to changed questions, each different one asked once; `predictions` are the answers to the rows as they are, one each.
 
     Args:
-        names: see the module. most_rows: see `some_of`. ranks: see `predict`.
+        names: see the module. most_rows: see `some_of`. partial, ranks: see `predict`.
 
     Raises:
         BadRow: an image that cannot be opened.
@@ -185,7 +193,8 @@ def ablate(
     numbers = [number for number in numbers if before[number] is not None]
     with TemporaryDirectory(prefix="interlace-grey-") as folder:
         ablations = Ablations(generator.processing, Path(folder), seed, partners([outcomes[number] for number in numbers]))
-        changed = [(number, *found) for number in numbers for name in names for found in ablations.of(name, _row_of(outcomes[number]))]
+        looked = tqdm(numbers, desc="changing images", unit="row", leave=False, disable=ranks is not None and not ranks.is_main)
+        changed = [(number, *found) for number in looked for name in names for found in ablations.of(name, _row_of(outcomes[number]))]
         asked: dict[tuple[Any, ...], int] = {}
         questions: list[Outcome] = []
         for number, name, image, row in changed:
@@ -193,7 +202,7 @@ def ablate(
             if key not in asked:
                 asked[key] = len(questions)
                 questions.append(_question(outcomes[number], row, f"{predictions[number]['id']} {name} {image or ''}".strip()))
-        answers = predict(generator, questions, batch_size, max_new_tokens, ranks=ranks)
+        answers = predict(generator, questions, batch_size, max_new_tokens, partial, ranks)
     scores = row_scores(answers)
     found = []
     for number, name, image, row in changed:

@@ -11,14 +11,18 @@ from tqdm import tqdm
 from interlace.data.dataset import check_ledger, default_cache_dir
 from interlace.data.ledger import Ledger
 from interlace.data.places import MediaFolder
-from interlace.data.reading import Outcome, RowReader, records_of
-from interlace.data.sample import Sample
+from interlace.data.reading import Outcome, Row, RowReader, records_of
+from interlace.data.sample import BadRow, Sample
 from interlace.data.sources import read_entries
+from interlace.errors import InputError
 from interlace.inference.generation import Generator, Prompt
 from interlace.inference.metrics import check_rows
 from interlace.inference.partial import PartialPredictions
 from interlace.inference.predictions import told_apart
+from interlace.inference.references import name_of
 from interlace.ranks import Ranks
+
+_TOKENS_PER_STEP = 64  # of a prompt, that take about as long as a step of decoding
 
 
 def read_questions(
@@ -47,7 +51,7 @@ def questions_of(outcomes: Sequence[Outcome], metric: str | None = None) -> list
     Raises:
         InputError: rows that cannot be scored, before hours go into their answers; see `check_rows`.
     """
-    names = told_apart([_sample(outcome).identifier or f"{outcome.record.file}:{outcome.record.index}" for outcome in outcomes])
+    names = told_apart([name_of(outcome.record, _sample(outcome)) for outcome in outcomes])
     asked = {"default_metric": metric} if metric else {}
     found = []
     for outcome, name in zip(outcomes, names, strict=True):
@@ -62,10 +66,15 @@ def _sample(outcome: Outcome) -> Sample:
     return outcome.sample
 
 
+def _row(outcome: Outcome) -> Row:
+    assert outcome.row is not None
+    return outcome.row
+
+
 def question_of(outcome: Outcome, generator: Generator) -> Prompt:
     """The conversation before the last answer, which is the reference."""
-    assert outcome.row is not None
-    row, start = outcome.row, outcome.row.encoded.answer_starts[-1]
+    row = _row(outcome)
+    start = row.encoded.answer_starts[-1]
     ids = generator.expanded(row.encoded.input_ids[:start].tolist(), row.image_tokens)
     return Prompt(ids, row.images, row.prefix_length, row.prefix_images)
 
@@ -86,8 +95,12 @@ def predict(
         partial: where answers are kept until all are there; those that are kept there already are not made again.
         ranks: take a batch each per round; None for this process alone.
         before_round: called on all ranks, equally often.
+
+    Raises:
+        InputError: images that were whole by their headers and cannot be decoded, with their rows; on all ranks.
     """
     ranks = ranks or Ranks()
+    problems: list[str] = []
     answers = {number: text for kept in ranks.gather(partial.read() if partial else {}) for number, text in kept.items()}
     batches = [[i for i in batch if i not in answers] for batch in batches_of(outcomes, batch_size)]
     rounds = rounds_of([batch for batch in batches if batch], outcomes, ranks.world_size, generator.in_step)
@@ -95,33 +108,46 @@ def predict(
         for of_rank in rounds:
             before_round()
             for batch in of_rank[ranks.rank : ranks.rank + 1]:
-                found = dict(zip(batch, _answers(generator, [question_of(outcomes[i], generator) for i in batch], max_new_tokens), strict=True))
+                found, problem = _found(generator, outcomes, batch, max_new_tokens)
                 answers |= found
+                problems += problem
                 if partial is not None:
                     partial.add(found)
             bar.update(sum(map(len, of_rank)))
+    problems = [problem for of_rank in ranks.gather(problems) for problem in of_rank]
+    if problems:
+        raise InputError("\n  ".join([f"{len(problems)} batches could not be answered; mend or leave out these rows and start again", *problems]))
     answers = {number: text for of_rank in ranks.gather(answers) for number, text in of_rank.items()}
     return [prediction_of(outcome, answers[i]) for i, outcome in enumerate(outcomes)]
 
 
 def batches_of(outcomes: Sequence[Outcome], batch_size: int) -> list[list[int]]:
-    """Numbers of the rows of each batch: rows that begin with the same images and text together, the others by length; the longest first, so that what does not
-    fit into the memory shows at once."""
+    """Numbers of the rows of each batch: rows that begin with the same images and text together where that pays, the others by length; the longest first, so
+    that what does not fit into the memory shows at once."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for number, outcome in enumerate(outcomes):
-        assert outcome.row is not None
-        groups[outcome.row.prefix if outcome.row.prefix_images else None].append(number)
-    alone = [number for prefix, numbers in groups.items() if prefix is None or len(numbers) == 1 for number in numbers]
-    shared = [numbers for prefix, numbers in groups.items() if prefix is not None and len(numbers) > 1]
+        groups[_row(outcome).prefix if _row(outcome).prefix_images else None].append(number)
+    alone, shared = groups.pop(None, []), []
+    for numbers in groups.values():
+        if _pays([_row(outcomes[number]) for number in numbers], batch_size):
+            shared.append(numbers)
+        else:
+            alone += numbers
 
     def length(number: int) -> int:
-        row = outcomes[number].row
-        assert row is not None
-        return row.length
+        return _row(outcomes[number]).length
 
     ordered = [sorted(numbers, key=length, reverse=True) for numbers in (alone, *shared)]
     batches = [numbers[start : start + batch_size] for numbers in ordered for start in range(0, len(numbers), batch_size)]
     return sorted(batches, key=lambda batch: length(batch[0]), reverse=True)
+
+
+def _pays(rows: Sequence[Row], batch_size: int) -> bool:
+    """Whether rows with the same beginning had better share it than stand in full batches: they save tokens, but their steps of decoding, which are bound
+    by reading the model's weights, are for fewer rows each."""
+    saved = (len(rows) - 1) * rows[0].prefix_length
+    steps = sum(len(row.encoded.input_ids) - row.encoded.answer_starts[-1] for row in rows)
+    return len(rows) > 1 and saved > _TOKENS_PER_STEP * steps / len(rows) * (1 - min(len(rows), batch_size) / batch_size)
 
 
 def rounds_of(batches: Sequence[list[int]], outcomes: Sequence[Outcome], world_size: int, in_step: bool) -> list[list[list[int]]]:
@@ -142,6 +168,16 @@ def rounds_of(batches: Sequence[list[int]], outcomes: Sequence[Outcome], world_s
     return rounds
 
 
+def _found(generator: Generator, outcomes: Sequence[Outcome], batch: Sequence[int], max_new_tokens: int) -> tuple[dict[int, str], list[str]]:
+    """The answers to a batch, or what is wrong with it: other ranks must not wait for one that has stopped."""
+    try:
+        return dict(zip(batch, _answers(generator, [question_of(outcomes[i], generator) for i in batch], max_new_tokens), strict=True)), []
+    except BadRow as error:
+        users = [outcomes[i].record for i in batch if any(place.path in error.detail for place in _row(outcomes[i]).images)]
+        names = ", ".join(f"{record.file}: row {record.index}" for record in users or [outcomes[i].record for i in batch])
+        return {}, [f"{names}: {error.detail}"]
+
+
 def _answers(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """The answers of a batch, of its halves where it does not fit into the memory."""
     try:
@@ -156,7 +192,6 @@ def _answers(generator: Generator, prompts: Sequence[Prompt], max_new_tokens: in
 
 def prediction_of(outcome: Outcome, answer: str) -> dict[str, Any]:
     """A line of `predictions.jsonl`."""
-    sample, row = _sample(outcome), outcome.row
-    assert row is not None
-    metadata = {"dataset": outcome.record.source.name, **sample.metadata, "num_images": len(row.images)}
+    sample = _sample(outcome)
+    metadata = {"dataset": outcome.record.source.name, **sample.metadata, "num_images": len(_row(outcome).images)}
     return {"id": sample.identifier, "prediction": answer, "reference": sample.turns[-1].text, "metadata": metadata}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from interlace.data.media import check_image, open_images
@@ -95,10 +95,7 @@ class Generator:
             attention_mask=mask.to(self.device),
             past_key_values=self._prefilled(trunk, trunk_images, len(prompts)) if trunk else None,
             **self._vision([prompt.images[len(trunk_images) :] for prompt in prompts], ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=pad,
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad),  # and not what comes with the model
             streamer=streamer,
             synced_gpus=self.in_step,
         )

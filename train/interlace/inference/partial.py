@@ -22,6 +22,7 @@ class PartialPredictions:
 
     def __init__(self, output_dir: Path, fingerprint: str, rank: int):
         output_dir.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = fingerprint
         self._folder, self._stem, self._path = output_dir, f"predictions.{fingerprint}", output_dir / f"predictions.{fingerprint}.{rank}.partial"
 
     def read(self) -> dict[int, str]:

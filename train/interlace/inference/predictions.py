@@ -103,6 +103,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 def _remarks(value: dict[str, Any]) -> str:
     words = [f", {value['lenient']:.1%} by a lenient reading" if "lenient" in value else ""]
     words += [f", {value['accuracy_at_0.5']:.1%} with an IoU of 0.5" if "accuracy_at_0.5" in value else ""]
+    words += [f", CIDEr {100 * value['cider']:.1f}" if "cider" in value else ""]
     words += [f", {value['skipped']:,} without a reference left out" if "skipped" in value else "", f"  ({value['metric']})"]
     return "".join(words)
 

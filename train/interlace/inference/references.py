@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from interlace.data.dataset import check_ledger
 from interlace.data.ledger import Entry, Ledger
-from interlace.data.reading import parse, records_of
+from interlace.data.reading import Record, parse, records_of
 from interlace.data.sample import BadRow, Sample, Video, media_of
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
@@ -21,6 +22,11 @@ class Expected:
     where: str
     reference: str
     metadata: Mapping[str, Any]
+
+
+def name_of(record: Record, sample: Sample) -> str:
+    """A row's own id, or its file's name and its place there."""
+    return sample.identifier or f"{Path(record.file).name}:{record.index}"
 
 
 def read_expected(entry: Mapping[str, Any]) -> dict[str, Expected]:
@@ -43,7 +49,7 @@ def read_expected(entry: Mapping[str, Any]) -> dict[str, Expected]:
         count = {} if any(isinstance(item, Video) for item in media) else {"num_images": len(media)}  # how many frames a video gives is not known here
         metadata = {"dataset": record.source.name, **sample.metadata, **count}
         entries.append(None)
-        names.append(sample.identifier or f"{record.file}:{record.index}")
+        names.append(name_of(record, sample))
         rows.append(Expected(f"{record.file}: row {record.index}", sample.turns[-1].text, metadata))
     check_ledger(Ledger.of(entries), "error", "error", None)
     return dict(zip(told_apart(names), rows, strict=True))
@@ -71,5 +77,5 @@ def with_references(predictions: Sequence[Mapping[str, Any]], expected: Mapping[
     rows = []
     for name, row in given.items():
         kept = {key: row["metadata"][key] for key in ("num_images", "default_metric") if key in row["metadata"]}
-        rows.append({"id": name, "prediction": row["prediction"], "reference": expected[name].reference, "metadata": {**expected[name].metadata, **kept}})
+        rows.append({**row, "reference": expected[name].reference, "metadata": {**row["metadata"], **expected[name].metadata, **kept}})
     return rows, len(others)

@@ -1,4 +1,4 @@
-"""`report.html`: scores, what changing the images did, the comparison with an earlier model, and rows with their pictures, in one page."""
+"""`evaluation.html`: scores, what changing the images did, the comparison with an earlier model, and rows with their pictures, in one page."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,10 @@ from interlace.inference.comparison import RIGHT, change, dataset_of, num_images
 from interlace.inference.diagnostics import Ablated, insensitive
 from interlace.inference.metrics import row_scores
 
-PAGE = Path(__file__).with_name("report.html")
+PAGE = Path(__file__).with_name("evaluation.html")
 KINDS = ("lost", "gained", "insensitive", "wrong", "right", "unscored")  # a row is of the first kind that fits
 _LARGEST_SIDE = 512  # of a picture, in pixels
+_MOST_SIDES = 1600  # in pixels, of all pictures of a row: a row of many frames shows smaller ones
 _MOST_LETTERS = 4_000  # of a text
 
 
@@ -103,8 +104,9 @@ def _turns(outcome: Outcome, uris: dict[str, int]) -> list[dict[str, Any]]:
     assert isinstance(sample, Sample) and row is not None
     places = list(row.images)
     pictures: list[dict[str, Any]] = []
+    side = min(_LARGEST_SIDE, max(_MOST_SIDES // max(len(places), 1), 64))
     for place, image in zip(places, open_images(places), strict=True):
-        image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+        image.thumbnail((side, side))
         pictures.append(
             {"picture": uris.setdefault(data_uri(image), len(uris)), "number": len(pictures) + 1, "name": Path(place.path).name, "size": image.size}
         )
