@@ -178,6 +178,20 @@ def test_commands_take_back_set_and_forget(generator: Generator, pictures: Path,
     assert dialogue.turns == []
 
 
+def test_settings_are_taken_in_pairs_and_those_without_effect_are_named(generator: Generator, talk: Talk) -> None:
+    dialogue = Dialogue(generator, 4)
+    shown = talk(["/set temperature 0.7 top_p 0.5"], dialogue)
+    assert dialogue.sampling == Sampling(4, temperature=0.7, top_p=0.5) and "no effect" not in shown
+    shown = talk(["/set temperature 0.8 top_p", "/set temperature 0.9 topp 1", "/drop x", "/help", "/exit now", "never read"], dialogue)
+    assert "/set top_p: expected a number, got ''" in shown
+    assert "no setting 'topp'" in shown
+    assert "/drop: expected a whole number of questions, got 'x'" in shown
+    assert "another answer needs a temperature above 0" in shown
+    assert (dialogue.sampling, dialogue.turns) == (Sampling(4, temperature=0.7, top_p=0.5), [])  # a mistake changes nothing
+    assert "no effect at temperature 0: top_p, top_k;" in talk(["/set temperature 0 top_k 5"], dialogue)
+    assert "no effect" not in talk(["/set temperature 1"], dialogue)
+
+
 def test_a_url_that_is_typed_is_fetched_once_and_never_from_inside_the_network(
     generator: Generator, pictures: Path, monkeypatch: pytest.MonkeyPatch, talk: Talk
 ) -> None:
@@ -242,6 +256,83 @@ def test_a_terminal_shows_formatted_text_and_columns() -> None:
     assert any("a" * 20 in row and "bc" in row and len(row) == 60 for row in rows)  # what was said stays
 
 
+NESTED = "src/**/*.py, (**p)**2, 2**3 and 4**2, f(**a), `x **y** z`"
+TOLD = (
+    "<div>hello</div>",
+    "<p>first</p>",
+    "what follows",
+    "2*3*4 = 24",
+    "a List<int> and a Dict<str, List[_T]>",
+    "<ref>the dog</ref><box>(12,30),(45,60)</box>",
+    r"so \(x_1\) and \[y\], C:\temp\_a_",
+    "__init__ and _this_ *that* ~~not~~",
+    NESTED,
+    "&lt; &amp; [a](b) ![c](d) [/red] [bold]",
+    "[ref]: http://example.org 'title'",
+    "    four spaces",
+    "> said",
+    "***",
+    "===",
+    "# of <apples>",
+    "7. seven",
+    "1986. A year",
+    "- one",
+    "+ two __x__",
+    "```python title=\n<a> = __b__ * 2*3*4 # " + "long " * 20 + "\n```",
+    "```\n```",
+    "| a | <b> |\n|---|:-:|\n| 2*3*4 | \\(x\\) | too many | __d__ |\n| few |\n",
+    "| a | b | c | d | e | f | g | h |\n|-|-|-|-|-|-|-|-|\n| " + " | ".join("一二*_" for _ in range(8)) + " |\n",
+    "```unended\n| a |\n|---|",
+)
+
+
+def on_screen(*texts: str, width: int = 40) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=width, height=12, color_system=None)
+    console.print(Screen(["\u2500"] * len(texts), console).shown(texts))
+    return output.getvalue()
+
+
+def assert_whole(shown: str, text: str) -> None:
+    for character in set(text):
+        if character.isalnum() or character in "<>_*\\()#&[]":
+            assert shown.count(character) == text.count(character), (character, text, shown)
+
+
+def test_no_character_of_an_answer_vanishes_from_the_screen() -> None:
+    for width in (12, 40, 100):
+        for text in TOLD:
+            assert_whole(on_screen(text, width=width), text)
+    random = np.random.RandomState(0)
+    for _ in range(60):
+        chosen = [TOLD[place] for place in random.permutation(len(TOLD) - 1)[:6]]
+        text = "\n".join(chosen)
+        assert_whole(on_screen(text, width=random.randint(20, 90)), text)
+        assert_whole(on_screen(*chosen[:2], width=random.randint(20, 90)), "\n".join(chosen[:2]))
+    everything = random.choice(list("ab*_<>`|-#\\()[]~:. \n"), (300, 40))
+    for row in everything:
+        text = "".join(row)
+        shown = on_screen(text)
+        for character in "ab_<>\\()[]#":
+            assert shown.count(character) == text.count(character), (character, text, shown)
+
+
+def test_bold_words_code_and_tables_are_formatted() -> None:
+    for text, words in (
+        ("**Two words:** and (**one**).", "Two words: and (one)."),
+        ("\u8fd9\u662f**\u91cd\u70b9**\u5185\u5bb9", "\u8fd9\u662f\u91cd\u70b9\u5185\u5bb9"),
+        (NESTED, NESTED),
+    ):
+        assert on_screen(text, width=100).splitlines()[-1] == words
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=60, color_system="standard")
+    console.print(Screen(["m"], console).shown(["```python\nreturn 1\n```\nreturn 1"]))
+    code, line = (part for part in output.getvalue().splitlines() if "return" in part)
+    assert "\x1b[" in code and line == "return 1"
+    lines = on_screen("a | b\n-|-\nlong word | c").splitlines()
+    assert len({line.index(letter) for line in lines for letter in "bc" if f" {letter} " in line}) == 1
+
+
 def test_tab_completes_commands_settings_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my scans").mkdir()
     for name in ("my scans/it's one.PNG", "my scans/two.mp4", "other.txt", ".hidden.png"):
@@ -263,6 +354,7 @@ def test_options_are_checked_before_a_model_is_loaded(pictures: Path, tmp_path: 
     for words, message in (
         (["--top-p", "2", "--seed", "-1"], "top_p: expected above 0 and at most 1, got 2.0; seed"),
         (["--top-p", "0.5"], "have no effect at --temperature 0"),
+        (["--num-frames", "0", "--video-fps", "nan"], "num_frames: expected at least 1, got 0; video_fps: expected above 0, got nan"),
     ):
         done = run("predict_multiround.py", "--model-path", "demo", "--query", "x", *words)
         assert (done.returncode, done.stdout) == (2, "")

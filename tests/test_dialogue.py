@@ -272,6 +272,41 @@ def test_a_model_that_cannot_go_on_reads_everything_again(text_config: dict[str,
         assert counted.pixels == 1  # images are not encoded again all the same
 
 
+@pytest.mark.parametrize("cut", ["undo", "drop_oldest", "go_on_from"])
+def test_features_are_kept_of_what_is_talked_about_and_of_few_others(cut: str, generators: Callable[[str], Generator], tmp_path: Path) -> None:
+    dialogue, kept, paths = Dialogue(generators("llava"), 1), [], []
+    for number in range(40):
+        paths.append(str(tmp_path / f"{number}.png"))
+        PIL.Image.fromarray(np.random.RandomState(number).randint(0, 255, (32, 32, 3), np.uint8)).save(paths[-1])
+        dialogue.attach(paths[-1:])
+        dialogue.ask("What?")
+        kept.append(len(dialogue.context._features))
+        if cut == "go_on_from":
+            dialogue.go_on_from([])
+        elif cut == "undo":
+            dialogue.undo()
+        elif len(dialogue.turns) > 2:
+            dialogue.drop_oldest(1)
+    assert kept[:10] == list(range(1, 11))
+    assert max(kept) == kept[-1] == 16 + (2 if cut == "drop_oldest" else 1)
+    for path, pixels in ((paths[-9], 0), (paths[0], 1)):  # one that left lately is still there
+        dialogue.attach([path])
+        with counting(dialogue) as counted:
+            dialogue.ask("What?")
+        assert counted.pixels == pixels
+    with pytest.raises(InputError, match="gone"):
+        dialogue.ask([*map(Image, paths[:30]), Image(str(tmp_path / "gone.png"))])
+    dialogue.clear()
+    dialogue.attach(paths)
+    dialogue.ask("All?")
+    assert len(dialogue.context._features) == 40  # all that are talked about stay
+    with counting(dialogue) as counted:
+        dialogue.ask("Once more?")
+        dialogue.set_system("Be short.")
+        dialogue.ask("And now?")
+    assert counted.pixels == 0
+
+
 def test_a_conversation_kept_elsewhere_goes_on_at_the_cost_of_what_is_new(generators: Callable[[str], Generator], pictures: list[str]) -> None:
     dialogue = Dialogue(generators("qwen2_5_vl"), 4)
     content = Path(pictures[0]).read_bytes()  # as an endpoint gets it: the bytes once more with every request

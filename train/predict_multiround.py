@@ -3,7 +3,7 @@
 import argparse
 
 from interlace.errors import InputError, run_script
-from interlace.inference.sampling import Sampling
+from interlace.inference.sampling import Sampling, check_frames
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--load-in-4bit", action="store_true", help="needs the quantization extra")
     options = parser.parse_args()
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.repetition_penalty, options.seed)
-    if options.temperature == 0 and (options.top_p < 1 or options.top_k or options.seed is not None):
+    check_frames(options.num_frames, options.video_fps)
+    if sampling.idle:
         raise InputError("--top-p, --top-k and --seed have no effect at --temperature 0, the default; give a temperature above 0, or leave them out")
     from interlace.inference.attaching import Attachments
     from interlace.inference.chat import load_compared, run_terminal

@@ -18,6 +18,7 @@ from interlace.data.sample import BadRow, Image, Place, Video
 from interlace.data.video import check_video, choose_frames, choose_numbers
 from interlace.errors import InputError
 from interlace.inference.generation import MOST_PIXELS
+from interlace.inference.sampling import check_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,7 @@ class Attachments:
     """
 
     def __init__(self, num_frames: int = 16, video_fps: float | None = None):
-        if num_frames < 1 or (video_fps is not None and not video_fps > 0):
-            raise InputError(f"num_frames and video_fps: expected at least 1 and more than 0, got {num_frames} and {video_fps}")
+        check_frames(num_frames, video_fps)
         self.num_frames, self.video_fps = num_frames, video_fps
         self._folder = tempfile.TemporaryDirectory(prefix="interlace-dialogue-")
         self._kept = MediaFolder(Path(self._folder.name), UrlPolicy())

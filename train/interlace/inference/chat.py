@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,20 +21,6 @@ from interlace.inference.screen import Screen, Streams
 from interlace.model.loading import base_of, load_processing, resolve_model_path
 
 HELP = "/image PATH ..  /video PATH ..  attach media    /help  all commands    /exit or an empty line  leave    Ctrl-C  stop an answer"
-USAGE = {
-    "/image": ("PATH ..", "attach images to the next question: files, patterns (*.png), URLs; <image> in the question is an image's place"),
-    "/video": ("PATH ..", "attach videos, or folders of frames; <video> is a video's place"),
-    "/system": ("[TEXT]", "another system prompt; without a text the model's own"),
-    "/undo": ("", "take back what is attached, or else the last question and its answer"),
-    "/retry": ("", "answer the last question once more"),
-    "/drop": ("[N]", "forget the oldest question, or the N oldest, to make room"),
-    "/save": ("FILE", "write the dialogue as a data file, which training, evaluation and the preview read"),
-    "/clear": ("", "forget everything that was asked and attached"),
-    "/set": ("[NAME VALUE]", "how answers are drawn; without a name, the values"),
-    "/history": ("", "show what was asked and answered"),
-    "/help": ("", "show this"),
-    "/exit": ("", "leave; an empty line does so, too"),
-}
 SETTINGS = [field.name for field in dataclasses.fields(Sampling)]
 
 
@@ -65,9 +52,9 @@ def run_terminal(*dialogues: Dialogue, names: Sequence[str] = ("model",)) -> Non
     screen = Screen(names)
     chat = Chat(dialogues, screen)
     if sys.stdin.isatty():
-        Completer(USAGE, SETTINGS).install()
+        Completer(COMMANDS, SETTINGS).install()
     screen.say(HELP)
-    while True:
+    while not chat.is_over:
         try:
             line = input("\nyou: ").strip()
         except EOFError:
@@ -78,10 +65,8 @@ def run_terminal(*dialogues: Dialogue, names: Sequence[str] = ("model",)) -> Non
                 raise
             screen.say("\n(an empty line leaves)")
             continue
-        if line in ("", "/exit"):
-            return
         try:
-            chat.take(line)
+            chat.take(line or "/exit")
         except InputError as error:
             screen.say(str(error))
         except KeyboardInterrupt:
@@ -98,19 +83,7 @@ class Chat:
     def __init__(self, dialogues: Sequence[Dialogue], screen: Screen):
         self.dialogues, self.first, self.screen = dialogues, dialogues[0], screen
         self.has_answered = False
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/image": self._image,
-            "/video": self._video,
-            "/system": self._system,
-            "/undo": self._undo,
-            "/retry": self._retry,
-            "/drop": self._drop,
-            "/save": self._save,
-            "/clear": self._clear,
-            "/set": self._set,
-            "/history": self._history,
-            "/help": self._help,
-        }
+        self.is_over = False
 
     def take(self, line: str) -> None:
         """Does what a line says.
@@ -121,10 +94,10 @@ class Chat:
         command, _, rest = line.partition(" ")
         if not command.startswith("/"):
             self._answer([dialogue.stream(line) for dialogue in self.dialogues])
-        elif command in self.commands:
-            self.commands[command](rest.strip())
+        elif command in COMMANDS:
+            COMMANDS[command][0](self, rest.strip())
         else:
-            close = get_close_matches(command, USAGE, 1)
+            close = get_close_matches(command, COMMANDS, 1)
             raise InputError(f"unknown command {command}{f'; did you mean {close[0]}?' if close else ''} /help shows all commands")
 
     def _answer(self, streams: Streams) -> None:
@@ -180,8 +153,10 @@ class Chat:
         self._answer([dialogue.retry() for dialogue in self.dialogues])
 
     def _drop(self, rest: str) -> None:
+        if not (rest or "1").isdecimal():
+            raise InputError(f"/drop: expected a whole number of questions, got {rest!r}")
         for dialogue in self.dialogues:
-            dialogue.drop_oldest(int(rest or 1) if (rest or "1").isdecimal() else 0)
+            dialogue.drop_oldest(int(rest or 1))
         self.screen.say(f"{len(self.first.turns) // 2} questions are left")
 
     def _save(self, rest: str) -> None:
@@ -202,16 +177,19 @@ class Chat:
         self.screen.say("cleared")
 
     def _set(self, rest: str) -> None:
-        if rest:
-            name, value = [*rest.split(), ""][:2]
+        words = rest.split()
+        changes: dict[str, Any] = {}
+        for name, value in zip_longest(words[::2], words[1::2], fillvalue=""):
             if name not in SETTINGS:
                 close = get_close_matches(name, SETTINGS, 1)
                 raise InputError(f"/set: no setting {name!r}; {f'did you mean {close[0]}?' if close else 'they are ' + ', '.join(SETTINGS)}")
-            changes: dict[str, Any] = {name: _value(name, value)}
-            sampling = dataclasses.replace(self.first.sampling, **changes)
-            for dialogue in self.dialogues:
-                dialogue.sampling = sampling
-        self.screen.say("  ".join(f"{name} {getattr(self.first.sampling, name)}" for name in SETTINGS))
+            changes[name] = _value(name, value)
+        sampling = dataclasses.replace(self.first.sampling, **changes)
+        for dialogue in self.dialogues:
+            dialogue.sampling = sampling
+        self.screen.say("  ".join(f"{name} {getattr(sampling, name)}" for name in SETTINGS))
+        if sampling.idle:
+            self.screen.say(f"no effect at temperature 0: {', '.join(sampling.idle)}; /set temperature to something above 0")
 
     def _history(self, rest: str) -> None:
         if self.first.system:
@@ -224,7 +202,10 @@ class Chat:
                     self.screen.say(f"{name}: {dialogue.turns[number].text}")
 
     def _help(self, rest: str) -> None:
-        self.screen.table([(f"{name} {words}", meaning) for name, (words, meaning) in USAGE.items()])
+        self.screen.table([(f"{name} {words}", meaning) for name, (_, words, meaning) in COMMANDS.items()])
+
+    def _exit(self, rest: str) -> None:
+        self.is_over = True
 
 
 def _words(rest: str, command: str) -> list[str]:
@@ -234,7 +215,7 @@ def _words(rest: str, command: str) -> list[str]:
     except ValueError as error:
         raise InputError(f"{command}: {error}") from None
     if not words:
-        raise InputError(f"{command}: expected {USAGE[command][0]}")
+        raise InputError(f"{command}: expected {COMMANDS[command][1]}")
     return words
 
 
@@ -250,3 +231,20 @@ def _value(name: str, text: str) -> int | float | None:
 
 def _told(parts: Sequence[object]) -> str:
     return "".join(part.text if isinstance(part, Text) else f"[{part.path}]" for part in parts)  # type: ignore[attr-defined]
+
+
+Command = Callable[[Chat, str], None]
+COMMANDS: dict[str, tuple[Command, str, str]] = {  # what each does, takes, and says in the help
+    "/image": (Chat._image, "PATH ..", "attach images to the next question: files, patterns (*.png), URLs; <image> in the question is an image's place"),
+    "/video": (Chat._video, "PATH ..", "attach videos, or folders of frames; <video> is a video's place"),
+    "/system": (Chat._system, "[TEXT]", "another system prompt; without a text the model's own"),
+    "/undo": (Chat._undo, "", "take back what is attached, or else the last question and its answer"),
+    "/retry": (Chat._retry, "", "answer the last question once more; another answer needs a temperature above 0 and no seed"),
+    "/drop": (Chat._drop, "[N]", "forget the oldest question, or the N oldest, to make room"),
+    "/save": (Chat._save, "FILE", "write the dialogue as a data file, which training, evaluation and the preview read"),
+    "/clear": (Chat._clear, "", "forget everything that was asked and attached"),
+    "/set": (Chat._set, "[NAME VALUE ..]", "how answers are drawn; without a name, the values"),
+    "/history": (Chat._history, "", "show what was asked and answered"),
+    "/help": (Chat._help, "", "show this"),
+    "/exit": (Chat._exit, "", "leave; an empty line does so, too"),
+}

@@ -20,6 +20,7 @@ from interlace.model.families import family_of
 from interlace.model.forward import active_module
 
 _IMAGES_AT_ONCE = 16
+_MOST_OTHERS = 16  # images that no turn holds any more, but an /undo or another conversation may bring back
 Picture = tuple[Frame, int]  # a frame as so many tokens
 Token = tuple[int, Picture | None]  # an id, and the image that it is a part of
 
@@ -89,6 +90,14 @@ class Context:
         """
         start = self._common_start(tokens) if self.can_go_on else 0
         is_filled = np.array([picture is not None and token == self.config.image_token_id for token, picture in tokens])
+        try:
+            logits = self._read(tokens, start, is_filled)
+            self.tokens = list(tokens)
+        finally:
+            self._trim()
+        return logits
+
+    def _read(self, tokens: Sequence[Token], start: int, is_filled: np.ndarray) -> torch.Tensor:
         with self._adapter():
             rows = self._image_rows(tokens, start, int(is_filled[start:].sum()))
             self._cut(start)
@@ -101,9 +110,14 @@ class Context:
                 first, *more = rows.split(embeddings.shape[-1], dim=-1)
                 embeddings = embeddings.index_put((mask,), first.to(embeddings.dtype))
                 deeper = {"visual_pos_masks": mask, "deepstack_visual_embeds": more} if more else {}
-            logits = self._forward(embeddings, positions[..., start:], **deeper)
-        self.tokens = list(tokens)
-        return logits
+            return self._forward(embeddings, positions[..., start:], **deeper)
+
+    def _trim(self) -> None:
+        """Keeps the features of the images in the conversation, and of those that left it last."""
+        held = [picture for picture in dict.fromkeys(_pictures(self.tokens)) if picture in self._features]
+        others = self._features.keys() - set(held)
+        left_last = [picture for picture in self._features if picture in others][-_MOST_OTHERS:]
+        self._features = {picture: self._features[picture] for picture in (*left_last, *held)}
 
     @torch.no_grad()
     def follow(self, token: int) -> torch.Tensor:

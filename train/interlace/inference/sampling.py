@@ -1,4 +1,4 @@
-"""How answers are drawn; without torch, so that a mistake is told at once."""
+"""How answers are drawn, and which frames of videos are asked for; without torch, so that a mistake is told at once."""
 
 import math
 from dataclasses import dataclass
@@ -36,3 +36,21 @@ class Sampling:
         wrong = [f"{name}: expected {expected}, got {getattr(self, name)}" for name, (is_right, expected) in checks.items() if not is_right]
         if wrong:
             raise InputError("; ".join(wrong))
+
+    @property
+    def idle(self) -> list[str]:
+        """The settings that have a value and no effect: the likeliest token is drawn whatever they say."""
+        return [name for name, given in (("top_p", self.top_p < 1), ("top_k", self.top_k), ("seed", self.seed is not None)) if given and not self.temperature]
+
+
+def check_frames(num_frames: int, video_fps: float | None) -> None:
+    """Whether so many frames of a video can be taken, at most and per second.
+
+    Raises:
+        InputError: values out of range, all of them named.
+    """
+    wrong = [f"num_frames: expected at least 1, got {num_frames}"] if num_frames < 1 else []
+    if video_fps is not None and not 0 < video_fps < math.inf:
+        wrong.append(f"video_fps: expected above 0, got {video_fps}")
+    if wrong:
+        raise InputError("; ".join(wrong))

@@ -1,18 +1,29 @@
-"""How a chat looks: formatted text at a terminal, growing while it comes; plain text in a pipe."""
+"""How a chat looks: formatted text at a terminal, growing while it comes; plain text in a pipe.
+
+Markdown's rules are not those of answers: they drop <ref> and <box>, the stars of 2*3*4, and the rest of a table's row that is too long. So blocks are
+formatted, and what stands in a line is shown as it is, but for the stars of **bold words**.
+"""
 
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 
+from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.markdown import Markdown
 from rich.segment import Segment
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 Streams = Sequence[Generator[str, None, None]]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's words move no cursor
+_FENCE = re.compile(r"\s*(```+)\s*([\w+#.-]*)[^`]*")
+_HEADING = re.compile(r"#{1,6} ")
+_RULE = re.compile(r"(?=.*-)(?=.*\|)[ \t|:-]+")  # between a table's head and body
+# code as it is, or bold: the stars stand at the edges of words. Chinese has no spaces there
+_BOLD = re.compile(r"""`[^`]+`|(?<![^\s("'|[\x80-\U0010ffff])\*\*([^\W_](?:[^*]*[\w.,:;!?%)])?)\*\*(?![^\s[)"'|\].,:;!?\x80-\U0010ffff])""")
+_LEAST_COLUMN = 8
 
 
 class Screen:
@@ -84,14 +95,63 @@ class Screen:
 
     def shown(self, texts: Sequence[str]) -> RenderableType:
         """Formatted answers under the models' names: one, or columns."""
-        answers = [Markdown(_CONTROL.sub("", text).replace("\n", "  \n"), hyperlinks=False) for text in texts]  # a model's line breaks are meant
+        answers = [_formatted(_CONTROL.sub("", text)) for text in texts]
         if len(answers) == 1:
             return Group(Text(f"{self.names[0]}:", style="bold"), answers[0])
-        table = Table(*self.names, expand=True)
-        for column in table.columns:
-            column.ratio, column.overflow = 1, "fold"
+        table = Table(expand=True)
+        for name in self.names:
+            table.add_column(Text(name), ratio=1, overflow="fold")
         table.add_row(*answers)
         return table
+
+
+def _formatted(text: str) -> Group:
+    """An answer's fenced code coloured, its tables laid out, its headings bold; every other line is a line."""
+    blocks: list[RenderableType] = []
+    lines, at = text.split("\n"), 0
+    while at < len(lines):
+        end = at + 1
+        if fence := _FENCE.fullmatch(lines[at]):
+            end = next((number for number in range(end, len(lines)) if lines[number].strip() == fence[1]), len(lines))
+            code = [Syntax("\n".join(lines[at + 1 : end]), fence[2] or "text", word_wrap=True)] if end > at + 1 else []
+            blocks += [Text(lines[at], "dim"), *code, *(Text(line, "dim") for line in lines[end : end + 1])]
+            end += 1
+        elif "|" in lines[at] and _RULE.fullmatch("".join(lines[end : end + 1])):
+            end = next((number for number in range(end, len(lines)) if "|" not in lines[number]), len(lines))
+            blocks.append(_Table(lines[at:end]))
+        else:
+            blocks.append(_inline(lines[at]))
+        at = end
+    return Group(*blocks)
+
+
+def _inline(line: str) -> Text:
+    text, at = Text(style="bold" if _HEADING.match(line) else ""), 0
+    for found in _BOLD.finditer(line):
+        text.append(line[at : found.start()])
+        text.append(found[0]) if found[1] is None else text.append(found[1], "bold")
+        at = found.end()
+    return text.append(line[at:])
+
+
+class _Table:
+    """The lines of a table; as they are where their columns have no room."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        head, _, *body = ([_inline(cell.strip()) for cell in re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))] for line in self.lines)
+        width = max(map(len, (head, *body)))
+        if options.max_width < _LEAST_COLUMN * width:
+            yield from map(_inline, self.lines)
+            return
+        table = Table(box=SIMPLE)
+        for number in range(width):
+            table.add_column(head[number] if number < len(head) else "", overflow="fold")
+        for row in body:
+            table.add_row(*row)
+        yield table
 
 
 class _Tail:
