@@ -1,4 +1,4 @@
-"""Talks to a model or adapter about images and videos: many rounds, media at their places, answers as they come; in the terminal, in a browser, or to programs."""
+"""Talks to a model or adapter about images and videos: many rounds, media at their places; in the terminal, a browser, or for programs."""
 
 import argparse
 import os

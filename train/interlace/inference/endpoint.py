@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from interlace.data.sample import Image, Part, Text, Turn, Video, media_of
+from interlace.data.sample import Image, Part, Role, Text, Turn, Video, media_of
 from interlace.errors import InputError
 from interlace.inference.sampling import Sampling
 
 MOST_MEDIA = 128  # images and videos of a conversation
 _MOST_STOPS = 16
 _DATA_URL = re.compile(r"data:(?P<kind>image|video)/[\w.+-]+(;[\w.+-]+=[\w.+-]+)*;base64,")
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NUMBERS = {"temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int}
 _READ = {"messages", "model", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", *_NUMBERS}
 _HARMLESS = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -153,9 +154,9 @@ def _turn(message: Any, where: str) -> Turn:
     if not isinstance(message, dict):
         raise Refusal(400, f"{where}: expected an object with role and content", where)
     message = {name: value for name, value in message.items() if value not in (None, [])}
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise Refusal(400, f"{where}: expected the role system, user or assistant, got {str(role)[:80]!r}", f"{where}.role")
+    role = _ROLES.get(str(message.get("role")))
+    if role is None:
+        raise Refusal(400, f"{where}: expected the role system, user or assistant, got {str(message.get('role'))[:80]!r}", f"{where}.role")
     more = sorted(set(message) - {"role", "content", "name", "refusal", "annotations"})
     if more:
         raise Refusal(400, f"{where}: {', '.join(more)[:200]} is not supported", where, "unsupported_parameter")
