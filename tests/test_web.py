@@ -304,14 +304,17 @@ def test_what_is_remembered_is_bounded_and_files_go(generator: Generator) -> Non
         with pytest.raises(openai.BadRequestError):
             server.ask(user(part(b"no image"), text("?")))
         assert len([file for file in folder.glob("*/*") if file.is_file()]) == 2
+        begun = [user("Same"), {"role": "assistant", "content": "yes"}]
+        for number in range(10, 13):  # another image in place of the one before
+            server.ask(*begun, user(part(encoded(number)), text("?")))
+            wait_until(lambda: not server.conversations._busy)
+        assert len(server.conversations._idle[-1].dialogue.context._features) == 1
         long = "word " * 300  # two of them are more than the model takes in one
         for name in "ab":
             server.ask(user(f"{name} {long}"))
         wait_until(lambda: not server.conversations._busy)
         most = generator.model.config.get_text_config().max_position_embeddings
         assert sum(len(kept.dialogue.context.tokens) for kept in server.conversations._idle) <= most
-        context = server.conversations._idle[-1].dialogue.context
-        assert not context._features
 
 
 # --- what is refused ---
@@ -394,6 +397,8 @@ def test_other_sites_other_names_and_strange_bodies_are_refused(server: Server) 
         ({"Host": "127.0.0.1@evil.example"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "["}, 403),
         ({"Origin": "http://127.0.0.1:1"}, 403),
         ({"Content_Type": "text/plain"}, 415),  # what a foreign form can send without being asked
     ):
@@ -440,6 +445,14 @@ def test_wrong_options_and_a_port_in_use_are_told_before_the_model_is_loaded() -
             done = run("predict_multiround.py", "--model-path", "no such model", *words)
             assert (done.returncode, message in done.stderr) == (2, True), done.stderr
             assert time.monotonic() - began < 5 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_what_is_not_installed_is_named_with_the_command(package: str) -> None:
+    script = f"import sys; sys.path.insert(0, 'train'); sys.modules['{package}'] = None; sys.argv = ['x', '--model-path', 'demo', '--web']; "
+    script += "from interlace.errors import run_script; from predict_multiround import main; run_script(main)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (2, 'error: --web and --serve need Starlette and uvicorn: pip install -e ".[serve]"\n')
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -572,7 +585,29 @@ def test_questions_are_taken_back_changed_and_answered_again(page: Page) -> None
     assert page.asked == [] and page.browser.ask("byId('turns').children.length") == 0
     page.drop(("a.png", "image/png", encoded(1)))
     page.browser.click(".remove")
+    page.drop(("a.png", "image/png", encoded(1)), how=PASTE)
+    for _ in range(2):  # the line that it has of its own, and the image
+        page.browser.send("Input.dispatchKeyEvent", type="keyDown", key="Backspace", code="Backspace", windowsVirtualKeyCode=8)
     assert page.written == [] and page.browser.ask("byId('send').disabled")
+
+
+@needs_browser
+def test_videos_are_chosen_and_sent_whole(page: Page, server: Server, generator: Generator, tmp_path: Path) -> None:
+    film, picture = write_video(tmp_path / "film.mp4"), tmp_path / "a.png"
+    picture.write_bytes(encoded(1))
+    page.browser.ask("composer.focus()")
+    page.type("See ")
+    document = page.browser.send("DOM.getDocument")["root"]["nodeId"]
+    field = page.browser.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
+    page.browser.send("DOM.setFileInputFiles", nodeId=field, files=[str(film), str(picture)])
+    wait_until(lambda: page.written == ["See ", "video_url", "image_url"])
+    page.send()
+    dialogue = Dialogue(generator, 8, Uploads(3))
+    assert page.asked == [["See ", "video_url", "image_url"], dialogue.ask([Text("See "), Video("film", film.read_bytes()), Image("a", encoded(1))])]
+    assert server.ids() == [token for token, _ in dialogue.context.tokens]
+    page.browser.click(".medium.video .open")
+    assert page.browser.ask("document.querySelectorAll('#large video[controls]').length") == 1
+    page.browser.press("Escape")
 
 
 @needs_browser

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from interlace.errors import InputError
 
 try:
+    import uvicorn  # noqa: F401 - needed later, and told now
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.responses import JSONResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -88,7 +89,7 @@ class Guard:
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             raise Refusal(403, f"the host {', '.join(hosts)[:200]!r} is not this server; use its address, or start it with this name as --host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != hosts[0]:
+        if origin is not None and origin.partition("://")[2] != hosts[0]:
             raise Refusal(403, f"pages of {origin[:200]!r} may not use this server")
         given = headers.get("authorization", "")
         if self.api_key and path not in self.open_paths and not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
