@@ -468,7 +468,11 @@ def test_a_signal_ends_the_script_cleanly(number: signal.Signals, tmp_path: Path
         client = openai.OpenAI(base_url=f"{address[1]}v1", api_key="not to be shown", max_retries=0)
         assert client.chat.completions.create(model="demo", messages=[user(part(encoded(1)), text("?"))]).usage.completion_tokens <= 4
         assert list(tmp_path.glob("interlace-dialogue-*/*/*"))
+        growing = iter(client.chat.completions.create(model="demo", messages=[user("a")], temperature=1000, seed=3, max_tokens=1900, stream=True))
+        next(growing)
         process.send_signal(number)
+        with pytest.raises(openai.APIError, match="the server is being stopped"):
+            list(growing)
         out, error = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in error and "not to be shown" not in error

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import asdict, dataclass
@@ -76,8 +76,9 @@ def run_server(conversations: Conversations, service: Service, door: socket.sock
     if service.with_page:
         print(f"page: {address}/")
     print(f"OpenAI's chat completions: {address}/v1, model {service.model}; Ctrl-C ends", flush=True)
+    endpoint = Endpoint(conversations, service)
     config = uvicorn.Config(
-        Endpoint(conversations, service).app,
+        endpoint.app,
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -88,7 +89,9 @@ def run_server(conversations: Conversations, service: Service, door: socket.sock
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # the server has its own while it runs, and sends itself the signal again behind it
         signal.signal(number, signal.SIG_IGN)
-    uvicorn.Server(config).run([door])
+    server = uvicorn.Server(config)
+    endpoint.is_stopping = lambda: server.should_exit
+    server.run([door])
 
 
 class Endpoint:
@@ -100,6 +103,7 @@ class Endpoint:
         self._thread = ThreadPoolExecutor(1, "model")  # all that the model does; the answers' tokens by turns
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._waiting = 0  # bytes
+        self.is_stopping: Callable[[], bool] = lambda: False  # answers end then, where they stand
         routes = [
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
@@ -180,6 +184,8 @@ class Endpoint:
                         if said is None:
                             return
                         yield said
+                        if self.is_stopping():
+                            raise Refusal(503, "the server is being stopped")
                     raise ClientDisconnect
                 finally:
                     self._thread.submit(steps.close)  # behind the step that may be running
