@@ -27,7 +27,7 @@ class Browser:
         (commands, self._write), (self._read, replies) = (map(_above_ten, os.pipe()) for _ in range(2))
         words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={self._folder.name}"]
         words += ["--no-first-run", "--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking", "--hide-scrollbars"]
-        silence = os.open(os.devnull, os.O_RDWR)
+        silence = _above_ten(os.open(os.devnull, os.O_RDWR))
         places = [(commands, 3), (replies, 4), (silence, 1), (silence, 2)]  # Chromium reads commands from 3 and writes to 4
         actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in places]
         self._pid = os.posix_spawn(CHROMIUM, words, os.environ, file_actions=actions, setsid=True)
@@ -78,15 +78,16 @@ class Browser:
             self.errors.append(json.dumps(message["params"]["exceptionDetails"]))
         return message
 
-    def open(self, page: Path, fragment: str = "") -> None:
-        """Loads a file and waits until its scripts have run."""
+    def open(self, page: Path | str, fragment: str = "") -> None:
+        """Loads a file, or what is behind an address, and waits until its scripts have run."""
+        address = page if isinstance(page, str) else page.resolve().as_uri()
         self.requests.clear()
         self.errors.clear()
         self.send("Page.navigate", url="about:blank")
-        self.send("Page.navigate", url=page.resolve().as_uri() + fragment)
+        self.send("Page.navigate", url=address + fragment)
         while self._receive().get("method") != "Page.loadEventFired":
             pass
-        while self.ask("location.protocol + document.readyState") != "file:complete":
+        while self.ask("location.protocol + document.readyState") != f"{address.partition(':')[0]}:complete":
             pass
 
     def ask(self, expression: str) -> Any:
@@ -125,7 +126,7 @@ class Browser:
 
 
 def _above_ten(descriptor: int) -> int:
-    """The same pipe end under a number that 3 and 4 cannot overwrite."""
+    """The same file under a number that 3 and 4 cannot overwrite."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return moved

@@ -60,11 +60,12 @@ class Attachments:
 
     Args:
         num_frames, video_fps: which frames of a video are taken, as in training.
+        max_pixels: of an image or a frame.
     """
 
-    def __init__(self, num_frames: int = 16, video_fps: float | None = None):
+    def __init__(self, num_frames: int = 16, video_fps: float | None = None, max_pixels: int = MOST_PIXELS):
         check_frames(num_frames, video_fps)
-        self.num_frames, self.video_fps = num_frames, video_fps
+        self.num_frames, self.video_fps, self.max_pixels = num_frames, video_fps, max_pixels
         self._folder = tempfile.TemporaryDirectory(prefix="interlace-dialogue-")
         self._kept = MediaFolder(Path(self._folder.name), UrlPolicy())
 
@@ -102,18 +103,18 @@ class Attachments:
         """
         if isinstance(item, Image):
             place = self._find(item, "image")
-            return (_frame(place, check_image(place, MOST_PIXELS)),)
+            return (_frame(place, check_image(place, self.max_pixels)),)
         if item.frames:
             places = [self._find(frame, "image") for frame in item.frames]
         else:
             place = self._find(item, "video")
             if not Path(place.path).is_dir():
-                index = check_video(place, MOST_PIXELS)
+                index = check_video(place, self.max_pixels)
                 chosen = choose_frames(index, self.num_frames, self.video_fps)
                 return tuple(_frame(replace(place, pts=pts), (index.width, index.height)) for pts in chosen)
             places = [Place(str(path)) for path in frame_folder(Path(place.path))]
         places = [places[number] for number in choose_numbers(len(places), self.num_frames)]
-        return tuple(_frame(place, check_image(place, MOST_PIXELS)) for place in places)
+        return tuple(_frame(place, check_image(place, self.max_pixels)) for place in places)
 
     def _find(self, item: Image | Video, kind: str) -> Place:
         if item.data is not None:

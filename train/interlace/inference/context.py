@@ -58,10 +58,16 @@ class Context:
         self._features.clear()
         self._forget()
 
+    def forget_other_images(self) -> None:
+        """Leaves the features of the images that are in the conversation as it was read last."""
+        pictures = set(_pictures(self.tokens))
+        self._features = {picture: features for picture, features in self._features.items() if picture in pictures}
+
     def _forget(self) -> None:
         # every layer keeps all it has read, those too that attend to a window: they can be cut then. Where cutting is no use they are what the model wants
         self._cache = DynamicCache() if self.can_go_on else DynamicCache(config=self.config.get_text_config())
         self.tokens: list[Token] = []  # what has been read
+        self.num_kept = 0  # of the tokens read last, those that were there already
         self._next_position = 0
 
     def spelt(self, ids: Sequence[int], frames: Sequence[Frame]) -> list[Token]:
@@ -92,7 +98,7 @@ class Context:
         is_filled = np.array([picture is not None and token == self.config.image_token_id for token, picture in tokens])
         try:
             logits = self._read(tokens, start, is_filled)
-            self.tokens = list(tokens)
+            self.tokens, self.num_kept = list(tokens), start
         finally:
             self._trim()
         return logits

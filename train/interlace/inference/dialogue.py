@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Generator as Stream
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,32 @@ from interlace.inference.sampling import Sampling
 
 _PLACEHOLDER = re.compile("(<image>|<video>)")
 Parts = tuple[Part, ...]
+
+
+class ContextFull(InputError):
+    """A question does not fit behind the turns so far; `length` counts the tokens with it, `most` those that the model takes with the answer."""
+
+    def __init__(self, length: int, sampling: Sampling, most: int):
+        super().__init__(
+            f"the context is full: with this question the dialogue has {length} tokens and its answer may have {sampling.max_new_tokens} (max_new_tokens), "
+            f"the model takes {most}; ask with fewer images, or /drop the oldest questions, or /clear"
+        )
+        self.length, self.most = length, most
+
+
+class NoMemory(InputError):
+    """The device has no memory for a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer took, in tokens: of the conversation before it; those of them that had been read in an earlier turn; its own, with the one that ends
+    it. `is_cut`: it ended at `max_new_tokens`."""
+
+    prompt: int = 0
+    kept: int = 0
+    answer: int = 0
+    is_cut: bool = False
 
 
 class Dialogue:
@@ -44,6 +71,7 @@ class Dialogue:
         self.frames: list[tuple[Frame, ...]] = []  # of each medium in them
         self.waiting: list[Image | Video] = []
         self.system = ""
+        self.usage = Usage()  # of the last answer, as far as it has come
 
     def attach(self, names: Iterable[str]) -> None:
         """Images for the next question: paths, patterns, URLs.
@@ -152,8 +180,14 @@ class Dialogue:
         Raises:
             InputError: at the first piece: a medium cannot be opened, the text cannot be taken, or the context is full.
         """
+        with closing(self.steps(question)) as steps:
+            yield from filter(None, steps)
+
+    def steps(self, question: str | Sequence[Part]) -> Stream[str, None, None]:
+        """The same with a piece for every token, which is empty where the token shows nothing yet: whoever takes them can stop behind any token."""
         turn = Turn("user", self.parts(question) if isinstance(question, str) else tuple(question))
         frames, sampling, answer, is_whole = self.frames, self.sampling, "", False
+        self.usage = Usage()
         try:
             frames = [*frames, *(self.attachments.frames(item) for item in turn.media)]
             tokens = self._tokens([*self.turns, turn], frames)
@@ -165,7 +199,7 @@ class Dialogue:
         except BadRow as error:
             raise InputError(error.detail) from None
         except torch.OutOfMemoryError:
-            raise InputError("the device has no memory for this question; fewer images or frames, /drop or /clear make room") from None
+            raise NoMemory("the device has no memory for this question; fewer images or frames, /drop or /clear make room") from None
         finally:
             if is_whole or answer:
                 self.turns += [turn, Turn("assistant", (Text(answer),))]
@@ -201,24 +235,26 @@ class Dialogue:
     def _check_room(self, length: int, sampling: Sampling) -> None:
         most: int = self.context.config.get_text_config().max_position_embeddings
         if length + sampling.max_new_tokens > most:
-            raise InputError(
-                f"the context is full: with this question the dialogue has {length} tokens and its answer may have {sampling.max_new_tokens} (max_new_tokens), "
-                f"the model takes {most}; ask with fewer images, or /drop the oldest questions, or /clear"
-            )
+            raise ContextFull(length, sampling, most)
 
     def _texts(self, tokens: Sequence[Token], sampling: Sampling) -> Iterator[str]:
-        """The answer so far, each time it has become longer; the last one is whole."""
+        """The answer so far, after each of its tokens; the last one is whole."""
         tokenizer, end = self.generator.processing.tokenizer, self.generator.processing.template.end
         end = tokenizer.eos_token_id if end is None else end
         draw = _Draw(sampling, [token for token, _ in tokens], self.generator.device)
         answer: list[int] = []
         shown, logits = "", self.context.read(tokens)
-        while len(answer) < sampling.max_new_tokens and (token := draw(logits, answer)) != end:
+        self.usage = Usage(len(tokens), self.context.num_kept)
+        while len(answer) < sampling.max_new_tokens:
+            token = draw(logits, answer)
+            self.usage = replace(self.usage, answer=len(answer) + 1, is_cut=token != end and len(answer) + 1 == sampling.max_new_tokens)
+            if token == end:
+                break
             answer.append(token)
             text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
                 shown = text
-                yield text
+            yield shown
             if len(answer) < sampling.max_new_tokens:
                 logits = self.context.follow(token)
         text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
