@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText
 
+from interlace.data import demo
 from interlace.model.conversion import to_hub
 from interlace.model.merging import merge
 from tests.conftest import ROOT, write_rows
@@ -147,3 +149,23 @@ def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Pa
     assert torch.equal(found[0]["ids"], found[1]["ids"])
     torch.testing.assert_close(found[0]["pixels"], found[1]["pixels"], rtol=0, atol=0.05)
     torch.testing.assert_close(found[0]["logits"], found[1]["logits"], rtol=1e-3, atol=1e-3)
+
+
+def test_only_a_model_trained_with_images_in_place_tells_them_apart(tmp_path: Path) -> None:
+    """Rows whose answer only an image's place decides, once as they are and once with the images in another order."""
+    rows = [row for row in json.loads((demo.prepare() / "train.json").read_text()) if row["metadata"]["dataset"] == "name_k"]
+    randomness = random.Random(0)
+    scrambled = [{**row, "image": randomness.sample(row["image"], len(row["image"]))} for row in rows]
+    scores = {}
+    for name, data in (("right", rows), ("scrambled", scrambled)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+        dataset = {"train": [{"data_files": str(tmp_path / f"{name}.json"), "image_folder": str(demo.prepare())}]}
+        words = ["--dataset", json.dumps(dataset), "--eval_strategy=no", "--num_train_epochs", "8", "--output_dir", tmp_path / name]
+        done = run("train/supervised_finetune.py", "configs/lora_sft_argument.json", *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        words = ["--data-files", "demo", "--split", "validation", "--max-new-tokens", "16", "--diagnose", "shuffled", "--output-dir", tmp_path / f"{name}_out"]
+        assert run("train/evaluate_model.py", "--model-path", tmp_path / name, *words).returncode == 0
+        metrics, found = (json.loads((tmp_path / f"{name}_out" / file).read_text()) for file in ("metrics.json", "diagnostics.json"))
+        scores[name] = metrics["datasets"]["name_k"]["score"], found["ablations"]["shuffled"]["datasets"]["name_k"]["drop"]
+    assert scores["right"][0] > 0.95 and scores["right"][1] > 0.5
+    assert scores["scrambled"][0] < 0.7 and scores["scrambled"][1] < scores["right"][1] - 0.3
