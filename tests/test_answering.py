@@ -10,9 +10,12 @@ import pytest
 import wandb
 
 from interlace.arguments import SCHEMA_PATH, resolve
+from interlace.errors import InputError
 from interlace.inference.evaluation import predict, read_questions
 from interlace.inference.generation import load_generator
 from interlace.inference.metrics import score
+from interlace.training.checkpoint import Checkpoint
+from interlace.training.resume import begin_branch
 from interlace.training.supervised import finetune
 from interlace.training.weights_and_biases import STRIP_HEIGHT, side_by_side
 from tests.conftest import fast_first, write_rows
@@ -71,6 +74,49 @@ def test_the_best_checkpoint_may_be_chosen_by_the_score(rows_file: Path, tmp_pat
     scores = {entry["step"]: entry["eval_score"] for entry in state["log_history"] if "eval_score" in entry}
     assert state["best_metric"] == max(scores.values()) > 0
     assert scores[state["best_global_step"]] == state["best_metric"]
+
+
+def test_the_best_checkpoint_may_be_chosen_by_the_score_of_the_only_data_set(rows_file: Path, tmp_path: Path, make_arguments: Make) -> None:
+    rows_file.write_text(json.dumps([{**row, "metadata": {}} for row in json.loads(rows_file.read_text())]))
+    dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(rows_file), "name": "digits"}]}
+    asks = {"eval_generate": True, "eval_generate_rows": 4, "eval_generate_max_new_tokens": 4, "eval_strategy": "steps", "eval_steps": 2}
+    chooses = {**asks, "dataset": dataset, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(InputError, match=r"no question is of a data set 'digit'; did you mean 'digits'\?; expected eval_score, or .* digits "):
+        finetune(make_arguments(rows_file, **chooses, metric_for_best_model="eval_score/digit"))
+    assert not (tmp_path / "run").exists()
+    finetune(make_arguments(rows_file, **chooses, metric_for_best_model="eval_score/digits"))
+    scores = [(entry["eval_score/digits"], entry["eval_score"]) for entry in history(str(tmp_path / "run")) if "eval_score" in entry]
+    assert len(scores) == 2 and all(one == whole for one, whole in scores)
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["best_metric"] == max(scores)[0]
+
+
+def test_answers_that_cannot_be_written_do_not_end_the_run(rows_file: Path, tmp_path: Path, make_arguments: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(rows_file)}]}
+    asks = {"eval_generate": True, "eval_generate_rows": 4, "eval_generate_max_new_tokens": 4, "eval_strategy": "steps", "eval_steps": 2}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval_answers").touch()  # no folder can be made there
+    finetune(make_arguments(rows_file, dataset=dataset, **asks))
+    assert [entry["step"] for entry in history(str(tmp_path / "run")) if "eval_score" in entry] == [2, 4]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert [line.partition(" could not be written: ")[0] for line in said] == [f"warning: the answers of step {step}" for step in (2, 4)]
+
+
+def test_answers_go_with_their_run(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "other"
+    answers = folder / "eval_answers"
+
+    def left_by(begin: Callable[[], object]) -> set[str]:
+        answers.mkdir(parents=True, exist_ok=True)
+        for step in (0, 4, 12):
+            (answers / f"step-{step}.jsonl").touch()
+        begin()
+        return {path.name for path in answers.glob("*")}
+
+    assert left_by(lambda: begin_branch(folder, Checkpoint(folder / "checkpoint-4", 4, {}), False)) == {"step-0.jsonl", "step-4.jsonl"}
+    assert left_by(lambda: begin_branch(folder, Checkpoint(elsewhere / "checkpoint-4", 4, {}), False)) == set()
+    assert left_by(lambda: begin_branch(folder, None, False)) == {"step-0.jsonl", "step-4.jsonl", "step-12.jsonl"}
+    assert left_by(lambda: begin_branch(folder, None, True)) == set()
+    assert not answers.exists()
 
 
 @pytest.mark.parametrize(

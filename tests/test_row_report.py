@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from interlace.data.batch import Collator
 from interlace.data.dataset import Rows, load_rows
 from interlace.data.duplicates import likeness
+from interlace.data.row_lists import Excluded, write_list
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
 from interlace.model.loading import load_processing
@@ -139,6 +140,18 @@ def test_losses_of_other_rows_are_not_taken_up(tmp_path: Path) -> None:
     again = RowLosses(3, "these")
     assert again.take_up(tmp_path)
     np.testing.assert_array_equal(again.means()[1][:, 0], [0.5, np.nan, 1.0])
+
+
+def test_rows_of_an_earlier_part_without_a_report_are_not_called_untrained(make_arguments: Make, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {**LORA, "save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": True}
+    finetune(make_arguments(rows_file, **common, max_steps=2, row_report="off"))
+    for steps, said in ((4, 1), (6, 0)):  # the second time, the checkpoint holds losses, but not of all steps
+        capsys.readouterr()
+        arguments = make_arguments(rows_file, **common, max_steps=steps)
+        finetune(arguments)
+        assert capsys.readouterr().out.count("holds no losses of these rows: the row report begins here") == said
+        assert "not_trained" not in table(arguments["output_dir"])
+        assert "not_trained" not in json.loads((Path(arguments["output_dir"]) / "row_report.json").read_text())["flags"]
 
 
 def test_a_loss_that_is_not_finite_is_said_and_fillers_do_not_count() -> None:
@@ -337,6 +350,19 @@ def test_lists_of_other_data_are_refused_by_name(make_arguments: Make, rows_file
         assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"gone.json: cannot be read"):
         read_entries([{"data_files": str(rows_file), "exclude_rows": str(tmp_path / "gone.json")}], 0)
+
+
+def test_files_of_one_name_and_content_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / folder, 4) for folder in ("a", "b")]
+    files = [file.replace(file.with_name("data.json")) for file in files]
+    first, second = read_entries([{"data_files": [str(file) for file in files]}], 0)
+    assert first.fingerprint == second.fingerprint
+    write_list(tmp_path / "list.json", {first.file: first.fingerprint, second.file: second.fingerprint}, {second.file: [Excluded(1, "a copy")]})
+    taken = read_entries([{"data_files": [str(file) for file in files], "exclude_rows": str(tmp_path / "list.json")}], 0)
+    assert [source.excluded for source in taken] == [{}, {1: "a copy"}]
+    moved = shutil.copytree(tmp_path / "a", tmp_path / "c") / "data.json"
+    with pytest.raises(InputError, match=r"c/data.json has the name and content of .*a/data.json, .*b/data.json"):
+        read_entries([{"data_files": str(moved), "exclude_rows": str(tmp_path / "list.json")}], 0)
 
 
 def test_a_run_never_writes_over_the_list_that_it_takes(make_arguments: Make, rows_file: Path, tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
 """`report.html`: whole in itself, whatever the data says; never in the way of a finished run; held by W&B too."""
 
 import json
+import shlex
+import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import evaluate_model
 from interlace.data.ledger import Entry, Ledger
 from interlace.training import story
 from interlace.training.checkpoint import REPORT_FILE
 from interlace.training.preference import finetune as prefer
 from interlace.training.report import Peak, Story, commands, evaluations, page, panels, time_shares
 from interlace.training.supervised import finetune
+from tests.accidents import Accident, finish, run_ranks
 from tests.page_reader import CHROMIUM, Browser
 
 Make = Callable[..., dict[str, Any]]
@@ -92,6 +98,28 @@ def test_a_page_that_cannot_be_written_is_one_line_and_the_run_is_finished(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def held_back(sign: Path, html: str) -> str:
+    while not sign.exists():
+        time.sleep(0.05)
+    return html
+
+
+def test_nobody_waits_for_the_page(make_arguments: Make, rows_file: Path, tmp_path: Path) -> None:
+    """Others would wait for no longer than ddp_timeout, and a finished run would end as a failed one."""
+    slow = Accident("interlace.training.story:page", change=partial(held_back, tmp_path / "go on"))
+    main, other = run_ranks(make_arguments(rows_file, **LORA), tmp_path / "logs", 2, {0: [slow]})
+    try:
+        assert finish(other, 60) == 0
+        assert main.is_alive()
+        assert (tmp_path / "run" / "trainer_state.json").is_file()
+        assert not (tmp_path / "run" / REPORT_FILE).exists()
+    finally:
+        (tmp_path / "go on").touch()
+        code = finish(main)
+    assert code == 0
+    assert (tmp_path / "run" / REPORT_FILE).is_file()
+
+
 def test_what_cannot_be_forecast_is_said(make_arguments: Make, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise NotImplementedError("no fake kernel")
@@ -157,6 +185,30 @@ def test_commands_hold_for_folders_with_spaces_and_quotes(tmp_path: Path) -> Non
     assert lines[0] == f"python train/predict_multiround.py --model-path {quoted}"
     assert "--data-files 'my rows.json' --image-folder 'my pictures'" in lines[1]
     assert lines[2].startswith(f"python train/merge_adapter.py --adapter-path {quoted} --output-dir ")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"data_files": ["a.json", "b.json"], "media_roots": [], "sampling_strategy": "all"}, "--data-files a.json b.json --output-dir"),
+        ({"data_files": "demo", "split": "validation"}, "--data-files demo --split validation"),
+        ({"data_files": "demo", "split": "pretrain"}, "no option for split pretrain"),
+        ({"data_files": "owner/rows", "split": "test[:100]"}, "no data set from the hub"),
+        ({"data_files": "owner/rows"}, "no data set from the hub"),
+        ({"data_files": "a.json", "video_folder": "v", "media_roots": ["m"], "format": "llava"}, "no option for video_folder, media_roots, format"),
+        ({"data_files": "a.json", "name": "chatml_dataset"}, "no option for name"),
+        ({"data_files": "a.json", "sampling_strategy": "first:6"}, "no option for sampling_strategy"),
+    ],
+)
+def test_only_what_can_be_evaluated_as_it_is_has_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any], words: str) -> None:
+    (found,) = (item for item in commands(tmp_path, {"dataset": {"train": [entry]}}) if item["title"] == "Evaluate it")
+    assert words in found.get("command", found.get("note", ""))
+    assert ("command" in found) is words.startswith("--data-files")
+    if "command" in found:
+        monkeypatch.setattr(sys, "argv", shlex.split(found["command"])[1:])
+        assert evaluate_model.read_options().data_files == ([entry["data_files"]] if isinstance(entry["data_files"], str) else entry["data_files"])
+    pairs = commands(tmp_path, {"dataset": {"train": [entry]}}, has_pairs=True)
+    assert not any("evaluate_model" in item.get("command", "") for item in pairs)
 
 
 def test_a_story_of_nothing_is_a_page(browser: Browser, tmp_path: Path) -> None:

@@ -39,18 +39,23 @@ Listed = dict[tuple[str, str], dict[int, str]]  # (file, fingerprint) -> index -
 
 
 def rows_to_exclude(path: str, listed: Listed, file: str, fingerprint: str) -> dict[int, str]:
-    """index -> reason of the rows of `file` that the list at `path` names.
+    """index -> reason of the rows of `file` that the list at `path` names: under this very path, or of the one file that has its name and content elsewhere.
 
     Raises:
-        InputError: it was not made for this file: another name or other content.
+        InputError: it was not made for this file: another name or other content; or it names several such files elsewhere.
     """
+    if (file, fingerprint) in listed:
+        return listed[file, fingerprint]
     name = Path(file).name
-    of_name = {known: rows for (other, known), rows in listed.items() if Path(other).name == name}
-    if fingerprint in of_name:
-        return of_name[fingerprint]
+    of_name = {other: known for other, known in listed if Path(other).name == name}
+    same = [other for other, known in of_name.items() if known == fingerprint]
+    if len(same) == 1:
+        return listed[same[0], fingerprint]
+    if same:
+        raise InputError(f"exclude_rows: {path}: {file} has the name and content of {', '.join(same)}, which differ in the list; give it the path it has there")
     if not of_name:
         raise InputError(f"exclude_rows: {path} says nothing about {file}; it is about {', '.join(other for other, _ in listed) or 'no file'}; {_REMEDY}")
-    known = ", ".join(other[:12] for other in of_name)
+    known = ", ".join(other[:12] for other in of_name.values())
     raise InputError(f"exclude_rows: {path} was made for another {name} (fingerprint {known}); {file} has {fingerprint[:12]}; {_REMEDY}")
 
 

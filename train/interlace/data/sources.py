@@ -227,11 +227,16 @@ def _roots(entry: Mapping[str, Any], key: str, beside: Path) -> tuple[Path, ...]
 def _tables(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(file, None) for files, (name, table) for a hub data set."""
     files = entry["data_files"]
-    if isinstance(files, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", files) and not expand(files, quiet=True) and not _looks_like_file(files):
+    if isinstance(files, str) and is_hub_name(files):
         return [_hub_table(files, entry.get("subset"), entry.get("split") or "train")]
     if entry.get("split"):
         raise InputError(f'{files}: `split` goes with data_files "demo" or a hub data set only')
     return [(file, None) for file in expand(files)]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `data_files` names a data set on the hub: it looks like one, and no file is there."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not expand(name, quiet=True) and not _looks_like_file(name)
 
 
 def _looks_like_file(name: str) -> bool:

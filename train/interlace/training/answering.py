@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
+from interlace.arguments import did_you_mean
 from interlace.data.reading import Headers, Outcome, Row, RowReader, records_of
 from interlace.data.sample import Place, Sample
 from interlace.data.sources import read_entries
-from interlace.inference.evaluation import predict, questions_of
+from interlace.errors import InputError
+from interlace.inference.evaluation import predict, prediction_of, questions_of
 from interlace.inference.generation import Generator
 from interlace.inference.metrics import score
 from interlace.model.loading import Processing
@@ -49,6 +52,7 @@ class Answers:
         batch_size: rows.
         max_new_tokens: of an answer.
         folder: gets `step-N.jsonl`, in the form of `predictions.jsonl`; None on ranks that do not write.
+        chosen: a data set that is logged however many there are.
     """
 
     outcomes: Sequence[Outcome]
@@ -56,6 +60,7 @@ class Answers:
     batch_size: int
     max_new_tokens: int
     folder: Path | None
+    chosen: str | None = None
     examples: list[Example] = field(default_factory=list)  # of the latest evaluation, for trackers
 
     def scores(
@@ -73,12 +78,33 @@ class Answers:
             generator = Generator(model, self.processing, args.device, in_step=is_shared and not ranks.is_alone)
             predictions = predict(generator, self.outcomes, self.batch_size, self.max_new_tokens, ranks=ranks, before_round=before_round)
         if self.folder is not None:
-            self.folder.mkdir(exist_ok=True)
-            write_whole(self.folder / f"step-{step}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+            try:
+                self.folder.mkdir(exist_ok=True)
+                write_whole(self.folder / f"step-{step}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+            except OSError as error:  # a full disk; the next checkpoint will tell whether the run has to end
+                tqdm.write(f"warning: the answers of step {step} could not be written: {error}")
         self.examples[:] = [_example(outcome, row) for outcome, row in zip(self.outcomes[:_MOST_EXAMPLES], predictions, strict=False)]
         metrics = score(predictions)
-        datasets = metrics["datasets"] if 1 < len(metrics["datasets"]) <= _MOST_DATASETS else {}
-        return {"score": metrics["overall"]["score"], **{f"score/{name}": value["score"] for name, value in datasets.items()}}
+        are_logged = 1 < len(metrics["datasets"]) <= _MOST_DATASETS
+        datasets = {f"score/{name}": value["score"] for name, value in metrics["datasets"].items() if are_logged or name == self.chosen}
+        return {"score": metrics["overall"]["score"], **datasets}
+
+    def choose(self, metric: str) -> None:
+        """Takes `eval_score/NAME` as the metric that the best checkpoint is chosen by; every other metric is none of its business.
+
+        Raises:
+            InputError: no question is of a data set of this name.
+        """
+        kind, _, name = metric.removeprefix("eval_").partition("/")
+        if kind != "score" or not name:
+            return
+        known = sorted({str(prediction_of(outcome, "")["metadata"]["dataset"]) for outcome in self.outcomes})
+        if name not in known:
+            raise InputError(
+                f"metric_for_best_model: no question is of a data set {name!r}{did_you_mean(name, known)}; expected eval_score, or eval_score/ and one of "
+                f"{', '.join(known)} (of the {len(self.outcomes)} rows that eval_generate_rows allows)"
+            )
+        self.chosen = name
 
 
 def _example(outcome: Outcome, prediction: Mapping[str, Any]) -> Example:

@@ -27,6 +27,7 @@ FORMAT = 1  # of what a checkpoint holds; another one cannot be taken up
 LATEST = "checkpoint-latest"
 STATE_FILE = "trainer_state.json"
 REPORT_FILE = "report.html"
+ANSWERS_FOLDER = "eval_answers"  # with a file for each evaluation
 _SCRATCH = ".saving-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
 

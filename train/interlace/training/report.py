@@ -16,6 +16,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.media import open_images
 from interlace.data.page import data_uri, filled
 from interlace.data.sample import BadRow
+from interlace.data.sources import NAMED_FORMATS, is_hub_name
 from interlace.data.template import IGNORE_INDEX
 from interlace.model.loading import ADAPTER_CONFIG, Processing
 from interlace.redaction import readable
@@ -28,6 +29,7 @@ _ENTRIES, _SUSPECTS, _IMAGES = 20, 12, 6
 _THUMBNAIL = 160  # pixels
 _PIECES, _LETTERS = 6, 400  # of a row: questions and answers, and letters of each, the last ones
 _SMALL = 64  # images are enlarged to this, dot by dot
+_EVALUATED = ("data_files", "split", "image_folder", "name", "weight", "chat_template")  # keys that evaluate_model.py has, learns from the model or needs not
 # panel -> the logged figures that it draws
 _PANELS = {
     "Loss": ("loss", "eval_loss"),
@@ -74,7 +76,8 @@ def page(story: Story) -> str:
     data: dict[str, Any] = {"output_dir": str(story.output_dir), "model": readable(str(story.arguments["model_name_or_path"])), "folder": str(Path.cwd())}
     data |= {"steps": story.steps, "minutes": story.minutes, "since": story.since, "environment": dict(story.environment), "peak": asdict(story.peak)}
     data |= {"panels": panels(story.history), "evaluations": evaluations(story.history), "time": time_shares(story.history), "last": _last(story.history)}
-    data |= {"ledger": _ledger(story.ledger), "arguments": _arguments(story.arguments), "commands": commands(story.output_dir, story.arguments)}
+    data |= {"ledger": _ledger(story.ledger), "arguments": _arguments(story.arguments)}
+    data["commands"] = commands(story.output_dir, story.arguments, any("rewards/margins" in entry for entry in story.history))
     data["rows"] = None if story.rows is None else _rows(story.rows, story.processing, story.output_dir)
     return filled(PAGE, data)
 
@@ -147,8 +150,12 @@ def _arguments(arguments: Arguments) -> list[dict[str, Any]]:
     ]
 
 
-def commands(output_dir: Path, arguments: Arguments) -> list[dict[str, str]]:
-    """What to do with the model: title and shell command, to be run where the training was."""
+def commands(output_dir: Path, arguments: Arguments, has_pairs: bool = False) -> list[dict[str, str]]:
+    """What to do with the model: title and shell command, to be run where the training was; or title and `note`, why there is none.
+
+    Args:
+        has_pairs: the rows are pairs of answers.
+    """
 
     def line(script: str, *words: str) -> str:
         return shlex.join(["python", f"train/{script}.py", *words])
@@ -156,9 +163,12 @@ def commands(output_dir: Path, arguments: Arguments) -> list[dict[str, str]]:
     folder = str(output_dir)
     found = [{"title": "Talk to it", "command": line("predict_multiround", "--model-path", folder)}]
     entry = (arguments["dataset"].get("eval") or arguments["dataset"]["train"])[0]
-    files = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]
-    if len(files) == 1:
-        words = ["--model-path", folder, "--data-files", files[0]]
+    reason = "a row needs one reference answer, and these are pairs" if has_pairs else _not_evaluated(entry)
+    if reason:
+        found.append({"title": "Evaluate it", "note": f"evaluate_model.py does not take this run's data as they are: {reason}. Give it files with references."})
+    else:
+        files = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]
+        words = ["--model-path", folder, "--data-files", *files]
         words += [word for name in ("split", "image_folder") if entry.get(name) for word in (f"--{name.replace('_', '-')}", entry[name])]
         found.append({"title": "Evaluate it", "command": line("evaluate_model", *words, "--output-dir", str(output_dir / "evaluation"))})
     whole = output_dir
@@ -166,6 +176,19 @@ def commands(output_dir: Path, arguments: Arguments) -> list[dict[str, str]]:
         whole = output_dir.with_name(f"{output_dir.resolve().name}_merged")
         found.append({"title": "Merge the adapter into its base", "command": line("merge_adapter", "--adapter-path", folder, "--output-dir", str(whole))})
     return [*found, {"title": "Serve it to OpenAI clients", "command": shlex.join(["transformers", "serve", str(whole)])}]
+
+
+def _not_evaluated(entry: Mapping[str, Any]) -> str:
+    """Why `evaluate_model.py` would not score the rows of an entry as the run has read them; empty if it would."""
+    files, split = entry["data_files"], entry.get("split")
+    others = [name for name, value in entry.items() if name not in _EVALUATED and value not in (None, "", [], "all")]
+    if entry.get("name") in NAMED_FORMATS:
+        others.append("name")
+    if others:
+        return f"it has no option for {', '.join(others)}"
+    if files == "demo":
+        return "" if split in (None, "train", "validation", "test") else f"it has no option for split {split}"
+    return "it reads no data set from the hub" if split or (isinstance(files, str) and is_hub_name(files)) else ""
 
 
 def _rows(report: RowReport, processing: Processing | None, output_dir: Path) -> dict[str, Any]:

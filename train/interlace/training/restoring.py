@@ -107,7 +107,7 @@ class RestoredTrainer(Trainer):
     def _take_up_row_losses(self, folder: Path) -> None:
         """On one rank, what all ranks knew: sums add up."""
         if self.row_losses is not None and self.survival.ranks.is_main and not self.row_losses.take_up(folder):
-            tqdm.write(f"warning: {folder} holds losses of other rows: the row report begins here")
+            tqdm.write(f"warning: {folder} holds no losses of these rows: the row report begins here")
 
     def _has_masters(self) -> bool:
         """Whether the optimizer steps float32 copies of weights that the model has in 16 bits."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from interlace.errors import InputError
 from interlace.training.checkpoint import (
+    ANSWERS_FOLDER,
     FORMAT,
     LATEST,
     REPORT_FILE,
@@ -212,6 +213,10 @@ def begin_branch(output_dir: Path, checkpoint: Checkpoint | None, overwrite: boo
         point_latest(output_dir)
         for name in RESULTS:  # of an end that this run has not reached yet
             (output_dir / name).unlink(missing_ok=True)
+        for path in (output_dir / ANSWERS_FOLDER).glob("step-*.jsonl"):
+            step = path.stem.removeprefix("step-")
+            if is_elsewhere or not step.isdecimal() or int(step) > checkpoint.step:
+                path.unlink()
     return uuid.uuid4().hex if checkpoint is None else checkpoint.about.get("run", uuid.uuid4().hex)
 
 
@@ -221,6 +226,8 @@ def clear_run(output_dir: Path) -> None:
     for pattern in ("checkpoint-*", "*-checkpoint-*"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
+    if (output_dir / ANSWERS_FOLDER).is_dir():
+        shutil.rmtree(output_dir / ANSWERS_FOLDER)
     for pattern in (*RECORDS, *MODEL_FILES):
         for path in output_dir.glob(pattern):
             path.unlink()

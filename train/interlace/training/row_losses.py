@@ -43,6 +43,7 @@ class RowLosses:
 
     def __init__(self, num_rows: int, fingerprint: str):
         self.num_rows, self.fingerprint = num_rows, fingerprint
+        self.is_whole = True  # from the run's first step on: a row without a loss was not trained
         self._epochs: dict[int, np.ndarray] = {}
         self._waiting: list[tuple[int, torch.Tensor, tuple[int, ...]]] = []
 
@@ -88,18 +89,22 @@ class RowLosses:
         """Writes parts for a checkpoint."""
         tensors = {f"{epoch} rows": torch.from_numpy(numbers) for epoch, (numbers, _) in parts.items()}
         tensors |= {f"{epoch} sums": torch.from_numpy(np.ascontiguousarray(sums)) for epoch, (_, sums) in parts.items()}
-        save_file(tensors, path, {"rows": self.fingerprint, "epochs": " ".join(map(str, parts))})
+        save_file(tensors, path, {"rows": self.fingerprint, "epochs": " ".join(map(str, parts)), "whole": str(self.is_whole)})
 
     def take_up(self, folder: Path) -> bool:
-        """Adds what the files of all ranks in a checkpoint hold; False if they are of other rows, which are left alone."""
-        for path in sorted(folder.glob(_FILES)):
+        """Adds what the files of all ranks in a checkpoint hold; False if there are none, or they are of other rows, which are left alone."""
+        files = sorted(folder.glob(_FILES))
+        self.is_whole &= bool(files)
+        for path in files:
             with safe_open(path, "pt") as file:
                 known = file.metadata()
                 if known["rows"] != self.fingerprint:
+                    self.is_whole = False
                     return False
+                self.is_whole &= known.get("whole") != "False"
                 epochs = [int(epoch) for epoch in known["epochs"].split()]
                 self.take({epoch: (file.get_tensor(f"{epoch} rows").numpy(), file.get_tensor(f"{epoch} sums").numpy()) for epoch in epochs})
-        return True
+        return bool(files)
 
     def means(self) -> tuple[list[int], np.ndarray]:
         """The epochs, and (rows, epochs) each row's mean loss per token: NaN where it was not trained, infinite where its loss was not finite."""

@@ -68,6 +68,7 @@ def measure(trainer: PackedTrainer, num_images: int) -> Measured:
 
 def _gathered(trainer: PackedTrainer, own: RowLosses) -> RowLosses:
     whole = RowLosses(own.num_rows, own.fingerprint)
+    whole.is_whole = own.is_whole
     for parts in trainer.survival.ranks.gather(own.parts()):
         whole.take(parts)
     return whole
@@ -122,7 +123,8 @@ class RowReport:
         unneeded = np.zeros(len(rows), bool)
         unneeded[measured.numbers] = measured.blank < measured.own * _EASIER
         flags |= {"duplicate": duplicate_of >= 0, "conflict": alike.conflicts_with >= 0, "images_not_needed": unneeded}
-        return cls(rows, epochs, losses, index, score, duplicate_of, alike.conflicts_with, gap, {name: flags[name] for name in MEANINGS})
+        told = [name for name in MEANINGS if name != "not_trained" or measured.losses.is_whole]  # else the part before may have trained them
+        return cls(rows, epochs, losses, index, score, duplicate_of, alike.conflicts_with, gap, {name: flags[name] for name in told})
 
     def file_of(self, number: int) -> str:
         """The file of a row."""

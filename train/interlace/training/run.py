@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from interlace.ranks import Ranks
 from interlace.redaction import without_secrets
 from interlace.training.answering import Answers, questions
 from interlace.training.caching import attach_feature_cache, memory_given_back
-from interlace.training.checkpoint import STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
+from interlace.training.checkpoint import ANSWERS_FOLDER, STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
 from interlace.training.lock import FolderLock
 from interlace.training.model_card import write_model_card
 from interlace.training.nodes import check_nodes, meet
@@ -83,11 +84,12 @@ def run(arguments: Arguments, kind: Kind, prepare: Prepare) -> None:
     """
     ranks = meet(arguments)
     watch = Watch(ranks, arguments["ddp_timeout"] / 2)
-    with StopSignals() as signals, FolderLock() as lock, memory_given_back(), watch.running():
-        _run(arguments, kind, prepare, ranks, watch, signals, lock)
+    # report and upload come last, behind the watch: they are rank 0's alone, and may take longer than the others would wait for it
+    with StopSignals() as signals, FolderLock() as lock, memory_given_back(), ExitStack() as last, watch.running():
+        _run(arguments, kind, prepare, ranks, watch, signals, lock, last)
 
 
-def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch: Watch, signals: StopSignals, lock: FolderLock) -> None:
+def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch: Watch, signals: StopSignals, lock: FolderLock, last: ExitStack) -> None:
     output_dir, path = Path(arguments["output_dir"]), resolve_model_path(arguments["model_name_or_path"])
     sources = [path, *([arguments["lora_path"]] if arguments["lora_path"] else []), *folders_of_lists(arguments)]
     ranks.on_main(lambda: check_output_dir(output_dir, bool(arguments["resume_from_checkpoint"]), arguments["overwrite_output_dir"], sources))
@@ -141,11 +143,12 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     signals.listen()
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     watch.at(trainer.state.global_step, "saving")
-    with end_of_trackers(trainer.callback_handler.callbacks):
-        finish(trainer, int(total_steps), path, output_dir, result.metrics)
-        tell(trainer, arguments, entries, ledger, output_dir, result.metrics, resident)
+    last.enter_context(end_of_trackers(trainer.callback_handler.callbacks))
+    finish(trainer, int(total_steps), path, output_dir, result.metrics)
+    write = tell(trainer, arguments, entries, ledger, output_dir, result.metrics, resident)
     if arguments["push_to_hub"] and ranks.is_main:
-        publish(output_dir, arguments, say)
+        last.callback(publish, output_dir, arguments, say)
+    last.callback(write)  # the last one in is the first one out
 
 
 def finish(trainer: PackedTrainer, total_steps: int, path: str, output_dir: Path, metrics: dict[str, float]) -> None:
@@ -194,12 +197,18 @@ def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: di
 
 
 def answers_of(arguments: Arguments, processing: Processing, evaluation: PlannedRows | None, reader: RowReader, args: TrainingArguments) -> Answers | None:
-    """What `eval_generate` asks for."""
+    """What `eval_generate` asks for.
+
+    Raises:
+        InputError: `metric_for_best_model` names a data set that is not asked about.
+    """
     if not arguments["eval_generate"] or evaluation is None:
         return None
     outcomes = questions(evaluation.rows, arguments["dataset"]["eval"], reader, args.seed, arguments["eval_generate_rows"])
-    folder = Path(arguments["output_dir"]) / "eval_answers" if args.process_index == 0 else None
-    return Answers(outcomes, processing, args.per_device_eval_batch_size, arguments["eval_generate_max_new_tokens"], folder)
+    folder = Path(arguments["output_dir"]) / ANSWERS_FOLDER if args.process_index == 0 else None
+    answers = Answers(outcomes, processing, args.per_device_eval_batch_size, arguments["eval_generate_max_new_tokens"], folder)
+    answers.choose(arguments["metric_for_best_model"] or "")
+    return answers
 
 
 def build_trainer(

@@ -3,7 +3,7 @@
 import json
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from interlace.training.trainer import PackedTrainer
 
 def tell(
     trainer: PackedTrainer, arguments: Arguments, sources: Sequence[Source], ledger: Ledger, output_dir: Path, metrics: Mapping[str, float], resident: int
-) -> None:
-    """Writes the row report and `report.html` of a finished run; to be called by all ranks.
+) -> Callable[[], None]:
+    """What writes the row report and `report.html` of a finished run, from what all ranks say here; it takes its time, so nobody should wait for it.
 
     Args:
         metrics: of the training.
@@ -42,11 +42,14 @@ def tell(
         except InputError as error:  # on all ranks alike
             say(f"warning: no row report: {error}")
     peaks = trainer.survival.ranks.gather(peak_bytes(trainer.args.device))
-    if trainer.survival.ranks.is_main:
+
+    def write() -> None:
         try:
             _write(trainer, arguments, sources, ledger, output_dir, metrics, measured, max(peaks), resident)
         except Exception as error:  # noqa: BLE001 whatever is wrong with a page, the model is there
             say(f"warning: the model is whole, but the run's report could not be written: {readable(f'{type(error).__name__}: {error}'.splitlines()[0])}")
+
+    return write if trainer.survival.ranks.is_main else lambda: None
 
 
 def _write(
@@ -62,7 +65,6 @@ def _write(
 ) -> None:
     rows, checkpoint, report = trainer.train_rows.rows, trainer.survival.checkpoint, None
     assert isinstance(rows, Rows)
-    trainer.survival.watch.at(trainer.state.global_step, "writing the run's report")
     if measured is not None:
         report = RowReport.of(rows, trainer.train_rows.plan, measured)
         report.write(output_dir, sources)
