@@ -131,7 +131,7 @@ def time_shares(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 def _last(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     last = {name: value for entry in history for name, value in entry.items() if np.isfinite(value)}
     speeds = sorted(entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry)
-    names = ("loss", "token_accuracy", "eval_loss", "eval_token_accuracy", "mfu", "eval_rewards/accuracies", "eval_rewards/margins")
+    names = ("loss", "token_accuracy", "eval_loss", "eval_token_accuracy", "eval_score", "mfu", "eval_rewards/accuracies", "eval_rewards/margins")
     return {name: last[name] for name in names if name in last} | ({"tokens_per_second": speeds[len(speeds) // 2]} if speeds else {})
 
 
@@ -171,11 +171,10 @@ def commands(output_dir: Path, arguments: Arguments, has_pairs: bool = False) ->
         words = ["--model-path", folder, "--data-files", *files]
         words += [word for name in ("split", "image_folder") if entry.get(name) for word in (f"--{name.replace('_', '-')}", entry[name])]
         found.append({"title": "Evaluate it", "command": line("evaluate_model", *words, "--output-dir", str(output_dir / "evaluation"))})
-    whole = output_dir
     if (output_dir / ADAPTER_CONFIG).is_file():
         whole = output_dir.with_name(f"{output_dir.resolve().name}_merged")
         found.append({"title": "Merge the adapter into its base", "command": line("merge_adapter", "--adapter-path", folder, "--output-dir", str(whole))})
-    return [*found, {"title": "Serve it to OpenAI clients", "command": shlex.join(["transformers", "serve", str(whole)])}]
+    return [*found, {"title": "Serve it to OpenAI clients", "command": line("predict_multiround", "--model-path", folder, "--serve")}]
 
 
 def _not_evaluated(entry: Mapping[str, Any]) -> str:
