@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -180,3 +181,12 @@ def make_arguments(tiny_dir: Path, tmp_path: Path) -> Callable[..., dict[str, An
         return arguments
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_forecast_on_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run ends with a page that rehearses its costliest step once more: a second each in hundreds of tests, of which one file asks for it."""
+    if request.module.__name__.rpartition(".")[2] != "test_story" and "interlace.training.story" in sys.modules:
+        from interlace.training.report import Peak
+
+        monkeypatch.setattr("interlace.training.story.forecast_peak", lambda trainer, *_: Peak(trainer.args.device.type, 1, None, "not asked for"))
