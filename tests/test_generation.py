@@ -61,7 +61,7 @@ def test_what_questions_begin_with_is_computed_once(tmp_path: Path) -> None:
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2].numel()) if kwargs["inputs_embeds"].shape[1] > 1 else None,
         with_kwargs=True,
     )
-    found = predict(generator, outcomes, 8, 6)
+    found = predict(generator, outcomes, 5, 6)
     assert sum(images) == 3 + 2  # each scene's images once
     rests = [outcome.row.length - outcome.row.prefix_length for outcome in outcomes[:5]]  # type: ignore[union-attr]
     assert sum(tokens) < outcomes[0].row.prefix_length + 5 * max(rests) + 2 * outcomes[5].row.length  # type: ignore[union-attr]

@@ -90,15 +90,22 @@ class Generator:
         mask = torch.ones_like(ids)
         for row, more in enumerate(padding):
             mask[row, len(trunk) : len(trunk) + more] = 0
-        output = self.model.generate(  # type: ignore[operator]
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            past_key_values=self._prefilled(trunk, trunk_images, len(prompts)) if trunk else None,
-            **self._vision([prompt.images[len(trunk_images) :] for prompt in prompts], ids),
-            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad),  # and not what comes with the model
-            streamer=streamer,
-            synced_gpus=self.in_step,
-        )
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        settings, model.generation_config = model.generation_config, GenerationConfig()  # greedy, whatever comes with the model
+        try:
+            output: torch.Tensor = self.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                past_key_values=self._prefilled(trunk, trunk_images, len(prompts)) if trunk else None,
+                **self._vision([prompt.images[len(trunk_images) :] for prompt in prompts], ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=pad,
+                streamer=streamer,
+                synced_gpus=self.in_step,
+            )
+        finally:
+            model.generation_config = settings
         return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
     def free_memory(self) -> None:
