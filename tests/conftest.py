@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from interlace.arguments import SCHEMA_PATH, resolve
 from interlace.data.template import ChatTemplate
 from interlace.model.loading import Processing
 from interlace.model.saving import save_model, save_processing
+from tests.page_reader import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "data" / "demo" / "model"
@@ -148,6 +149,14 @@ def write_rows(folder: Path, count: int, seed: int = 0) -> Path:
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: neither chromium, chromium-browser nor google-chrome")
+    with Browser() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ import evaluate_model
 from interlace.data.media import open_images
 from interlace.data.reading import Outcome, Row
 from interlace.data.sample import Place
-from interlace.inference.diagnostics import Ablated, Ablations, ablate, diagnosis, insensitive, partners, shuffled, some_of, traded, write_diagnosis
+from interlace.inference.diagnostics import Ablated, Ablations, ablate, diagnosis, insensitive, partners, shuffled, some_of, spans_of, traded, write_diagnosis
 from interlace.inference.evaluation import predict, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator
 from interlace.ranks import Ranks
 from tests import small_families, test_families
 from tests.conftest import DEMO_MODEL, write_rows
 from tests.test_scripts import run
+from tests.test_video import write_video
 
 LETTERS = "ABCD"
 NAMES = ["wide", "tall", "square", "large"]
@@ -136,6 +137,33 @@ def test_a_dropped_image_leaves_the_row_written_without_it(asked: tuple[Generato
         decode = generator.processing.tokenizer.decode  # the pieces of text beside the image may be tokenized apart
         assert decode(prompt.input_ids) == decode(wanted.input_ids)
         assert row.length - len(prompt.input_ids) == row_of(outcome).length - len(question_of(outcome, generator).input_ids)  # the answer
+
+
+def test_a_video_is_one_image_that_turns_grey_or_goes(tmp_path: Path) -> None:
+    generator = load_generator(str(DEMO_MODEL))
+    small_families.make_pictures(tmp_path)
+    write_video(tmp_path / "v.mp4", times=list(range(0, 75, 5)))
+    record = {"images": ["wide.png", "tall.png"], "videos": ["v.mp4", "v.mp4"], "query": "<image>\n<video>\n<video>\n<image>\nWhich?", "response": "2"}
+    (tmp_path / "rows.json").write_text(json.dumps([record]))
+    (outcome,) = read_questions({"data_files": str(tmp_path / "rows.json")}, generator, 32768, 50_000_000)
+    images = row_of(outcome).images
+    spans = spans_of(images)
+    assert (len(images) - 2) // 2 == len(spans[1]) == len(spans[2]) > 1
+    assert [number for span in spans for number in span] == list(range(len(images)))
+    ablations = Ablations(generator.processing, tmp_path)
+    for (_, image, row), span in zip(ablations.of("dropped", row_of(outcome)), spans, strict=True):
+        assert image == spans.index(span) + 1
+        assert row.images == images[: span.start] + images[span.stop :]
+        question = record["query"].split("\n")
+        question[image - 1] = ""
+        left = {"images": ["wide.png", "tall.png"], "videos": ["v.mp4", "v.mp4"]}
+        left["images" if image in (1, 4) else "videos"].pop(image == 4)
+        (tmp_path / "left.json").write_text(json.dumps([record | left | {"query": "\n".join(question)}]))
+        (written,) = read_questions({"data_files": str(tmp_path / "left.json")}, generator, 32768, 50_000_000)
+        prompt, wanted = question_of(changed(outcome, row), generator), question_of(written, generator)
+        assert (prompt.input_ids, prompt.images) == (wanted.input_ids, wanted.images)
+    for (_, _, row), span in zip(ablations.of("blanked", row_of(outcome)), [*spans, range(len(images))], strict=True):
+        assert [place != original for place, original in zip(row.images, images, strict=True)] == [number in span for number in range(len(images))]
 
 
 def test_swapped_images_are_all_of_another_row_of_as_many_tokens(asked: tuple[Generator, Path], tmp_path: Path) -> None:

@@ -209,9 +209,23 @@ def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     data = write_rows(tmp_path, 11)
     outputs = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        out = tmp_path / str(len(launcher))
-        words = ["train/evaluate_model.py", "--model-path", DEMO_MODEL, "--data-files", data, "--max-new-tokens", "8", "--batch-size", "3", "--output-dir", out]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for number, (launcher, more) in enumerate([([], []), (two, []), (two, ["--fsdp"])]):
+        out = tmp_path / str(number)
+        words = [
+            "train/evaluate_model.py",
+            "--model-path",
+            DEMO_MODEL,
+            "--data-files",
+            data,
+            "--max-new-tokens",
+            "8",
+            "--batch-size",
+            "3",
+            "--output-dir",
+            out,
+            *more,
+        ]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *launcher, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -219,5 +233,5 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("overall") == 1
         outputs.append({path.name: path.read_text() for path in out.iterdir()})
-    assert outputs[0] == outputs[1]
-    assert set(outputs[0]) == {"predictions.jsonl", "metrics.json"}
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert set(outputs[0]) == {"predictions.jsonl", "metrics.json", "evaluation.html"}

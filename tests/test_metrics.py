@@ -268,7 +268,8 @@ def test_groups_of_metrics_that_score_rows_together() -> None:
     assert metrics["datasets"]["x"]["score"] == pytest.approx(1)
     assert metrics["overall"]["score"] == pytest.approx((2 * together + 1) / 3)
     assert metrics["overall"]["count"] == 3
-    assert score(rows, "anls")["by_metric"]["anls"]["count"] == 1  # of rows that say nothing
+    asked = score([{**row, "metadata": {"default_metric": "anls", **row["metadata"]}} for row in rows])
+    assert asked["by_metric"]["anls"]["count"] == 1  # of rows that say nothing
 
 
 def test_rows_that_cannot_be_scored_are_named() -> None:
@@ -314,7 +315,7 @@ def test_scores_again_are_the_scores_of_the_run(tmp_path: Path) -> None:
         again = run("evaluate_model.py", *words, "--output-dir", tmp_path / name)
         assert again.returncode == 0, again.stderr
         assert (tmp_path / name / "metrics.json").read_text() == metrics
-    again_with_data, others = with_references(read_predictions(predictions), read_expected({"data_files": str(data)}), None)
+    again_with_data, others = with_references(read_predictions(predictions), read_expected({"data_files": str(data)}))
     assert (again_with_data, others) == (written, 0)
 
 
@@ -370,14 +371,14 @@ def write_numbers(folder: Path, *changes: tuple[int, dict[str, Any]]) -> Path:
 )
 def test_predictions_and_data_that_do_not_match(tmp_path: Path, given: list[dict[str, Any]], changes: list[Any], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
-        with_references(given, read_expected({"data_files": str(write_numbers(tmp_path, *changes))}), None)
+        with_references(given, read_expected({"data_files": str(write_numbers(tmp_path, *changes))}))
 
 
 def test_a_few_other_references_are_counted_and_the_data_decide(tmp_path: Path) -> None:
     rows = [{**value, "reference": "7"} if value["id"] == "3" else {**value, "reference": None} for value in GIVEN]
     path = tmp_path / "given.jsonl"
     path.write_text("\ufeff" + "\n\n".join(json.dumps(value) for value in rows))
-    predictions, others = with_references(read_predictions(path, needs_reference=False), read_expected({"data_files": str(write_numbers(tmp_path))}), None)
+    predictions, others = with_references(read_predictions(path, needs_reference=False), read_expected({"data_files": str(write_numbers(tmp_path))}))
     assert others == 1
     metrics = score(predictions)
     assert metrics["sources"]["s"] == {"score": 1.0, "metric": "exact_match", "count": 4}

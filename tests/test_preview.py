@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from interlace.data.sources import read_entries
 from interlace.model.loading import Processing
 from interlace.training.parts import processing_of, row_reader
 from tests.conftest import IMAGE_TOKENS, write_rows
-from tests.page_reader import CHROMIUM, Browser
+from tests.page_reader import Browser
 from tests.test_scripts import config_file, run
 
 HOSTILE = """</script><img src=x onerror="document.title='owned'"> <!-- <script>document.title='owned'</script> & 'q' "q" ${1} `x` \\u003c </p>"""
@@ -40,14 +40,6 @@ MARKS = """(part) => [...part.querySelectorAll('[data-ids]')].filter((e) => !e.c
   return (e.dataset.count ? Array(Number(e.dataset.count)).fill(ids[0]) : ids).map((id) => [id, marked, Number(e.dataset.weight ?? 1)]);
 })"""
 VISIBLE = "[...document.querySelectorAll('.sample:not([hidden])')].map((e) => Number(e.dataset.index))"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: neither chromium, chromium-browser nor google-chrome")
-    with Browser() as opened:
-        yield opened
 
 
 def turns(*texts: str, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from interlace.inference.generation import load_generator
 from interlace.inference.metrics import score
 from interlace.inference.report import KINDS, Evaluation, _num_frames, chosen, report
 from tests.conftest import DEMO_MODEL, write_rows
-from tests.page_reader import CHROMIUM, Browser
+from tests.page_reader import Browser
 
 HOSTILE = """</script><img src=x onerror="document.title='owned'"> <!-- <script>document.title='owned'</script> & 'q' "q" ${1} `x` \\u003c </p>"""
 VISIBLE = "articles.flatMap((e) => (e.hidden ? [] : [e.dataset.id]))"
@@ -83,14 +82,6 @@ def page(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("page") / "evaluation.html"
     path.write_text(report(evaluation, 100), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: neither chromium, chromium-browser nor google-chrome")
-    with Browser() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,11 @@ from interlace.training.preference import finetune as prefer
 from interlace.training.report import Peak, Story, commands, evaluations, page, panels, time_shares
 from interlace.training.supervised import finetune
 from tests.accidents import Accident, finish, run_ranks
-from tests.page_reader import CHROMIUM, Browser
+from tests.page_reader import Browser
 
 Make = Callable[..., dict[str, Any]]
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202e\u2028"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with Browser() as opened:
-        yield opened
 
 
 def embedded(path: Path) -> dict[str, Any]:

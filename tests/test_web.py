@@ -39,11 +39,10 @@ from interlace.inference.generation import Generator, load_generator
 from interlace.inference.sampling import Sampling
 from interlace.inference.serving import Endpoint, Service
 from tests.conftest import DEMO_MODEL, ROOT
-from tests.page_reader import CHROMIUM, Browser
+from tests.page_reader import Browser
 from tests.test_scripts import run
 from tests.test_video import write_video
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 HOSTILE = """</script><img src=x onerror="document.title='owned'"><b>bold</b> & <|im_end|> <image> \u202e"""
 
 
@@ -528,12 +527,6 @@ class Page:
         return self.browser.ask("written().map((p) => p.text ?? p.type)")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as browser:
-        yield browser
-
-
 @pytest.fixture
 def page(browser: Browser, server: Server) -> Iterator[Page]:
     browser.open(f"http://127.0.0.1:{server.port}/")
@@ -543,7 +536,6 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     assert {address for address in browser.requests if not address.startswith("data:")} <= {own, f"{own}v1/chat/completions"}
 
 
-@needs_browser
 def test_media_stand_where_they_are_put_and_the_answer_is_the_dialogue_s(page: Page, server: Server, generator: Generator) -> None:
     first, second, third = encoded(1), encoded(2, "JPEG"), encoded(3)
     page.drop(("a.png", "image/png", first), ("b.jpg", "image/jpeg", second))
@@ -565,7 +557,6 @@ def test_media_stand_where_they_are_put_and_the_answer_is_the_dialogue_s(page: P
     assert f"{dialogue.usage.prompt - dialogue.usage.kept} new token" in page.browser.ask("document.querySelector('.actions output').textContent")
 
 
-@needs_browser
 def test_questions_are_taken_back_changed_and_answered_again(page: Page) -> None:
     page.browser.ask("composer.focus()")
     page.type("First")
@@ -595,7 +586,6 @@ def test_questions_are_taken_back_changed_and_answered_again(page: Page) -> None
     assert page.written == [] and page.browser.ask("byId('send').disabled")
 
 
-@needs_browser
 def test_videos_are_chosen_and_sent_whole(page: Page, server: Server, generator: Generator, tmp_path: Path) -> None:
     film, picture = write_video(tmp_path / "film.mp4"), tmp_path / "a.png"
     picture.write_bytes(encoded(1))
@@ -614,7 +604,6 @@ def test_videos_are_chosen_and_sent_whole(page: Page, server: Server, generator:
     page.browser.press("Escape")
 
 
-@needs_browser
 def test_an_answer_is_stopped_and_what_was_said_is_kept(page: Page, server: Server, endless: Callable[[], int]) -> None:
     page.browser.ask("(byId('max_tokens').value = 1500, composer.focus())")
     page.type("Go on")
@@ -635,7 +624,6 @@ def test_an_answer_is_stopped_and_what_was_said_is_kept(page: Page, server: Serv
     assert "cut at the longest answer" in page.browser.ask("document.querySelector('.actions output').textContent")
 
 
-@needs_browser
 def test_hostile_text_is_text_and_what_fails_goes_back_into_the_composer(page: Page) -> None:
     page.browser.ask("composer.focus()")
     page.type(HOSTILE)
@@ -656,7 +644,6 @@ def test_hostile_text_is_text_and_what_fails_goes_back_into_the_composer(page: P
     wait_until(lambda: "a.txt is neither an image nor a video" in page.browser.ask("byId('trouble').textContent"))
 
 
-@needs_browser
 def test_a_saved_conversation_is_a_row_and_comes_back(page: Page) -> None:
     page.browser.ask("(byId('system').value = 'Be short.', composer.focus())")
     page.drop(("a.png", "image/png", encoded(1)))
@@ -680,7 +667,6 @@ def test_a_saved_conversation_is_a_row_and_comes_back(page: Page) -> None:
         assert page.asked == before
 
 
-@needs_browser
 def test_the_page_fits_a_phone_and_has_two_schemes(page: Page) -> None:
     page.browser.ask("composer.focus()")
     page.type("A" * 300)

@@ -30,10 +30,10 @@ def main() -> None:
     if options.predictions is not None:
         predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
         if files:
-            predictions, others = with_references(predictions, read_expected(entry), options.metric)
+            predictions, others = with_references(predictions, read_expected(entry))
             print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
     else:
-        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit)
+        generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit, options.fsdp)
         questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, options.metric, ranks)
         if earlier is not None:
             matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
@@ -99,8 +99,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     for bits in ("4", "8"):
         parser.add_argument(f"--load-in-{bits}bit", action="store_true", help="needs the quantization extra")
+    parser.add_argument("--fsdp", action="store_true", help="torchrun's processes share the weights: for a model that does not fit on one GPU")
     options = parser.parse_args()
-    asks = options.diagnose is not None or options.rank_choices
+    asks = options.diagnose is not None
     problems = {
         f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {words}": options.metric not in (None, *METRICS),
         "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,
@@ -108,8 +109,8 @@ def read_options() -> argparse.Namespace:
         f"{options.output_dir} is a file; expected a folder": options.output_dir.exists() and not options.output_dir.is_dir(),
         "--load-in-4bit and --load-in-8bit: expected one of them": options.load_in_4bit and options.load_in_8bit,
         "expected --model-path and --data-files, or --predictions FILE": not options.predictions and not (options.model_path and options.data_files),
-        "--diagnose and --rank-choices ask the model; they do not go with --predictions": bool(options.predictions) and asks,
-        "--diagnose asks for answers in words; it does not go with --rank-choices": options.rank_choices and options.diagnose is not None,
+        "--diagnose and --rank-choices ask the model; they do not go with --predictions": options.predictions and (asks or options.rank_choices),
+        "--rank-choices goes neither with --diagnose, which asks for answers in words, nor with --fsdp": options.rank_choices and (asks or options.fsdp),
     }
     if any(problems.values()):
         raise InputError("\n  ".join(problem for problem, holds in problems.items() if holds))

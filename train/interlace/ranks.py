@@ -20,7 +20,7 @@ def join() -> "Ranks":
     Those that are done wait for the others as long as it takes: torchrun ends all if one of them fails.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=_A_DAY))
+        distributed.init_process_group(timeout=timedelta(seconds=_A_DAY))
     return Ranks(_A_DAY)
 
 

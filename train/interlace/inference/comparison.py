@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from interlace.errors import InputError
-from interlace.inference.metrics import row_scores
+from interlace.inference.metrics import dataset_of, grouped, num_images_of, row_scores
 from interlace.inference.predictions import few, read_predictions
 
 Prediction = Mapping[str, Any]  # id, reference, metadata; answered ones have `prediction`
@@ -37,28 +37,6 @@ def _resampled_means(values: np.ndarray, draws: np.random.Generator) -> Iterator
     size = max(_MOST_DRAWN // len(values), 1)
     for start in range(0, RESAMPLES, size):
         yield values[draws.integers(0, len(values), (min(size, RESAMPLES - start), len(values)))].mean(axis=1)
-
-
-def of_groups(rows: Sequence[Any], groups: Mapping[str, Callable[[Any], str | None]], summary: Callable[[Sequence[Any]], Any]) -> dict[str, dict[str, Any]]:
-    """`summary` of the rows of every group of every kind: {kind: {group: ..}}; a row whose group is None is in none. Numbers come in their order."""
-    found: dict[str, dict[str, Any]] = {}
-    for kind, group_of in groups.items():
-        members = defaultdict(list)
-        for row in rows:
-            if (group := group_of(row)) is not None:
-                members[group].append(row)
-        found[kind] = {name: summary(members[name]) for name in sorted(members, key=lambda name: (int(name), "") if name.isdecimal() else (-1, name))}
-    return found
-
-
-def dataset_of(row: Prediction) -> str:
-    """The data set that a row is from, as in `metrics.json`."""
-    return str(row["metadata"].get("dataset", "all"))
-
-
-def num_images_of(row: Prediction) -> str:
-    """A row's number of images, as in `metrics.json`."""
-    return str(row["metadata"].get("num_images", "unknown"))
 
 
 def read_earlier(path: Path, output_dir: Path) -> list[dict[str, Any]]:
@@ -121,7 +99,10 @@ def compare(earlier: Sequence[Prediction], predictions: Sequence[Prediction], se
     for old, new, before, after in rows:
         texts = {"id": new["id"], "dataset": dataset_of(new), "reference": new["reference"], "before": old["prediction"], "after": new["prediction"]}
         examples[change(before, after)].append(texts | {"score_before": before, "score_after": after})
-    groups = of_groups(rows, {"datasets": lambda row: dataset_of(row[1]), "num_images": lambda row: num_images_of(row[1])}, summary)
+    groups = {
+        "datasets": grouped(rows, lambda row: dataset_of(row[1]), summary),
+        "num_images": grouped(rows, lambda row: num_images_of(row[1]), summary),
+    }
     named = {"gained": examples["gained"], "lost": examples["lost"], "both_wrong": examples["both_wrong"][:_MOST_EXAMPLES]}
     return {"seed": seed, "resamples": RESAMPLES, "overall": summary(rows), **groups, "rows": named}
 

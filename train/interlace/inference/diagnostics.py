@@ -3,7 +3,7 @@
 `shuffled`: every image moves to the place of another one. `references`: two images trade places, so that what the text says of one of them, in whatever
 words, means the other. `blanked`: one image, and once all of them, is grey. `dropped`: one image is gone with its tokens. `swapped`: all images are another
 row's. The text is never changed; nor, but for `dropped`, is the number of tokens: an image that is left alone may get more of them (LLaVA-NeXT cuts it into
-tiles). Frames of videos are images here.
+tiles). A video is one image where images turn grey or go, and where they move, each of its frames is.
 """
 
 import json
@@ -23,10 +23,10 @@ from interlace.data.lengths import expanded_length
 from interlace.data.media import open_images
 from interlace.data.reading import Outcome, Row
 from interlace.data.sample import Place, Sample
-from interlace.inference.comparison import RESAMPLES, dataset_of, interval_text, mean_interval, num_images_of, of_groups
+from interlace.inference.comparison import RESAMPLES, interval_text, mean_interval
 from interlace.inference.evaluation import predict
 from interlace.inference.generation import Generator
-from interlace.inference.metrics import row_scores
+from interlace.inference.metrics import dataset_of, grouped, num_images_of, row_scores
 from interlace.inference.partial import PartialPredictions
 from interlace.model.processing import Processing
 from interlace.ranks import Ranks
@@ -38,6 +38,8 @@ _MOST_TRIES = 50  # for a partner without an image in common
 @dataclass(frozen=True)
 class Ablated:
     """The answer to row `number` with images changed; `image` says which, from 1, where it was one of them.
+
+    A video counts as one image.
 
     `before` and `score` are the scores of the answers to the row as it is and as it was changed.
     """
@@ -74,13 +76,13 @@ class Ablations:
                     yield name, None, _with_images(row, [row.images[i] for i in order], [row.image_tokens[i] for i in order])
             case "blanked":
                 grey = self._grey(row)
-                for image in range(len(grey)):
-                    yield name, image + 1, _with_images(row, [*row.images[:image], grey[image], *row.images[image + 1 :]])
+                for image, span in enumerate(spans_of(row.images), 1):
+                    yield name, image, _with_images(row, [*row.images[: span.start], *grey[span.start : span.stop], *row.images[span.stop :]])
                 yield "all_blanked", None, _with_images(row, grey)
             case "dropped":
                 sizes = [opened.size for opened in open_images(row.images)]
-                for image in range(len(row.images)):
-                    yield name, image + 1, self._without(row, image, sizes)
+                for image, span in enumerate(spans_of(row.images), 1):
+                    yield name, image, self._without(row, span, sizes)
             case "swapped":
                 group = self.partners.get((row.file, row.index), ())
                 drawn = random_of_row.sample(group, min(len(group), _MOST_TRIES))
@@ -97,24 +99,35 @@ class Ablations:
             places.append(Place(str(path.resolve())))
         return places
 
-    def _without(self, row: Row, image: int, sizes: Sequence[tuple[int, int]]) -> Row:
-        """A row without one image and the newline that the template puts behind it; the others count as a model counts that many images.
+    def _without(self, row: Row, span: range, sizes: Sequence[tuple[int, int]]) -> Row:
+        """A row without some images and the newline that the template puts behind each; the others count as a model counts that many images.
 
         Args:
             sizes: (width, height) of the row's images.
         """
         encoded, template = row.encoded, self.processing.template
-        start = int(np.flatnonzero(encoded.input_ids == template.image_token_id)[image])
-        end = start + 1
-        if template.style.newline_after_image and template.tokenizer.decode(encoded.input_ids[end : end + 1].tolist()) == "\n":
-            end += 1
-        kept = np.r_[0:start, end : len(encoded.input_ids)]
+        kept = np.ones(len(encoded.input_ids), bool)
+        for start in np.flatnonzero(encoded.input_ids == template.image_token_id)[span.start : span.stop]:
+            is_newline = template.style.newline_after_image and template.tokenizer.decode(encoded.input_ids[start + 1 : start + 2].tolist()) == "\n"
+            kept[start : start + 1 + is_newline] = False
         changed: dict[str, Any] = {name: getattr(encoded, name)[kept] for name in ("input_ids", "labels", "weights")}
-        changed |= {name: tuple(at - (end - start) * (at > start) for at in getattr(encoded, name)) for name in ("answer_starts", "exchange_ends")}
-        images = row.images[:image] + row.images[image + 1 :]
-        tokens = tuple(self.processing.row_image_tokens([*sizes[:image], *sizes[image + 1 :]])) if images else ()
-        encoded = replace(encoded, num_images=encoded.num_images - 1, **changed)
+        changed |= {name: tuple(int(kept[:at].sum()) for at in getattr(encoded, name)) for name in ("answer_starts", "exchange_ends")}
+        images = row.images[: span.start] + row.images[span.stop :]
+        tokens = tuple(self.processing.row_image_tokens([*sizes[: span.start], *sizes[span.stop :]])) if images else ()
+        encoded = replace(encoded, num_images=len(images), **changed)
         return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens), prefix_ids=0, prefix_images=0)
+
+
+def spans_of(images: Sequence[Place]) -> list[range]:
+    """The numbers of each image, and of the frames of each video, which are one thing."""
+    spans: list[range] = []
+    for number, place in enumerate(images):
+        last = images[number - 1]
+        if number and place.pts is not None and last.pts is not None and (place.path, place.offset) == (last.path, last.offset) and place.pts >= last.pts:
+            spans[-1] = range(spans[-1].start, number + 1)
+        else:
+            spans.append(range(number, number + 1))
+    return spans
 
 
 def shuffled(images: Sequence[Place], random_of_row: random.Random) -> list[int] | None:
@@ -248,12 +261,12 @@ def diagnosis(ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any
             found = {"count": len(by_row), "before": before.mean(), "score": score.mean(), "drop": (before - score).mean(), "changed": changed.mean()}
             return {key: int(value) if key == "count" else float(value) for key, value in found.items()} | {"interval": mean_interval(before - score, seed)}
 
-        groups = {
-            "datasets": lambda row: dataset_of(predictions[row.number]),
-            "num_images": lambda row: num_images_of(predictions[row.number]),
-            "images": lambda row: None if row.image is None else str(row.image),
+        ablations[name] = {
+            "overall": summary(rows),
+            "datasets": grouped(rows, lambda row: dataset_of(predictions[row.number]), summary),
+            "num_images": grouped(rows, lambda row: num_images_of(predictions[row.number]), summary),
+            "images": grouped(rows, lambda row: row.image, summary),
         }
-        ablations[name] = {"overall": summary(rows), **of_groups(rows, groups, summary)}
     same = insensitive(ablated, predictions)
     of = sum(row.ablation == "all_blanked" for row in ablated)
     right = sum(row.before for row in ablated if row.ablation == "all_blanked" and row.number in set(same))

@@ -57,7 +57,7 @@ def questions_of(outcomes: Sequence[Outcome], metric: str | None = None) -> list
     for outcome, name in zip(outcomes, names, strict=True):
         sample = _sample(outcome)
         found.append(replace(outcome, sample=replace(sample, identifier=name, metadata={**sample.metadata, **asked})))
-    check_rows(((f"{outcome.record.file}: row {outcome.record.index}", _sample(outcome).metadata) for outcome in found), metric)
+    check_rows((f"{outcome.record.file}: row {outcome.record.index}", _sample(outcome).metadata) for outcome in found)
     return found
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from interlace.data.media import check_image, open_images
 from interlace.data.sample import Image, Place, Turn, media_of
+from interlace.errors import InputError
+from interlace.model.families import family_of
 from interlace.model.loading import Processing, load_for_inference, load_processing, quantization, resolve_model_path
 
 MOST_PIXELS = 178_000_000  # of an image in a dialogue
@@ -134,11 +138,12 @@ class Generator:
         return {name: values.to(self.device, self.model.dtype if name == "pixel_values" else None) for name, values in vision.items()}
 
 
-def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = False, load_in_8bit: bool = False) -> Generator:
+def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = False, load_in_8bit: bool = False, fsdp: bool = False) -> Generator:
     """Loads a model or adapter directory for answering.
 
     Args:
         dtype: float32, bfloat16 or float16; None takes bfloat16 on an accelerator and float32 on a CPU.
+        fsdp: the processes, which have joined, keep a slice of the weights each.
 
     Raises:
         InputError: the model cannot be had.
@@ -147,11 +152,29 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     processing = load_processing(resolve_model_path(path))
     is_quantized = load_in_4bit or load_in_8bit
+    if fsdp and (is_quantized or not torch.distributed.is_initialized()):
+        raise InputError("--fsdp shares 16 or 32 bit weights between processes: torchrun --nproc-per-node 8 train/evaluate_model.py ..., and no --load-in-..")
     if is_quantized and device.type == "cpu":
         chosen = torch.bfloat16
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)  # where quantized weights go
     model = load_for_inference(path, chosen, quantization(load_in_4bit, load_in_8bit, chosen))
-    if not is_quantized:
+    if fsdp:
+        _slice(model, chosen, device)
+    elif not is_quantized:
         model = model.to(device)  # type: ignore[arg-type]
-    return Generator(model, processing, device)
+    return Generator(model, processing, device, in_step=fsdp)
+
+
+def _slice(model: PreTrainedModel | PeftModel, dtype: torch.dtype, device: torch.device) -> None:
+    """FSDP2: every layer of the language model goes to the device and is sliced there before the next one comes; its slices meet while it is computed. The
+    rest is whole on every device: `generate` calls the tower and the embeddings by themselves."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    language_model = getattr(base.model, family_of(model.config).language_model)
+    language_model.to(dtype)  # of an adapter, too: a layer's weights travel together
+    for layer in language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(language_model, mesh=mesh)
+    base.to(device)
+    language_model.unshard()

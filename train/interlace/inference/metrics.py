@@ -43,18 +43,18 @@ QUESTION_TYPES: Mapping[str, str] = {"open-ended": "rouge_l", "multi-choice": "c
 class _Scored:
     """A row with its metric's name and its score: None where it does not count, 0 where rows are scored together; `also` are further figures."""
 
-    metadata: Mapping[str, Any]
+    row: Prediction
     metric: str
     pair: tuple[str, Sequence[str]]
     score: float | None
     also: Mapping[str, float]
 
 
-def metric_of(metadata: Mapping[str, Any], metric: str | None = None) -> str:
-    """The name of a row's metric: `metadata.metric`, or what its `question_type` says, or else `metric`, the one that it was scored by before, exact match."""
+def metric_of(metadata: Mapping[str, Any]) -> str:
+    """The name of a row's metric: `metadata.metric`, or what its `question_type` says, or else `default_metric`, exact match."""
     kind = metadata.get("question_type")
     by_kind = QUESTION_TYPES.get(kind) if isinstance(kind, str) else None
-    return metadata.get("metric") or by_kind or metric or metadata.get("default_metric") or "exact_match"
+    return metadata.get("metric") or by_kind or metadata.get("default_metric") or "exact_match"
 
 
 def references_of(row: Prediction) -> list[str]:
@@ -62,7 +62,26 @@ def references_of(row: Prediction) -> list[str]:
     return row["metadata"].get("references") or [row["reference"]]
 
 
-def check_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], metric: str | None = None) -> None:
+def dataset_of(row: Prediction) -> str:
+    """The data set that a row is from; `all` where it does not say."""
+    return str(row["metadata"].get("dataset", "all"))
+
+
+def num_images_of(row: Prediction) -> str:
+    """A row's number of images; `unknown` where it does not say."""
+    return str(row["metadata"].get("num_images", "unknown"))
+
+
+def grouped(rows: Iterable[Any], group_of: Callable[[Any], Any], summary: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """`summary` of the rows of every group. Groups have names or numbers, which come in their order; a row of anything else is in none."""
+    groups = defaultdict(list)
+    for row in rows:
+        if isinstance(name := group_of(row), (str, int)):
+            groups[str(name)].append(row)
+    return {name: summary(groups[name]) for name in sorted(groups, key=lambda name: (len(name) * name.isdecimal(), name))}
+
+
+def check_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """Holds metadata, each with the words that name its row, against what scoring needs.
 
     Raises:
@@ -79,7 +98,7 @@ def check_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], metric: str | None
         elif references is not None and not (isinstance(references, list) and references and all(isinstance(text, str) for text in references)):
             problems.append(f"{where}: references: expected a list of texts, got {str(references)[:80]}")
         else:
-            used.add(metric_of(metadata, metric))
+            used.add(metric_of(metadata))
     if problems:
         more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
         known = f"the metrics are {', '.join(METRICS)}"
@@ -89,56 +108,43 @@ def check_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], metric: str | None
             corpus([])  # is its library there?
 
 
-def score(predictions: Sequence[Prediction], metric: str | None = None) -> dict[str, Any]:
+def score(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """The contents of `metrics.json`: overall, per data set (`metadata.dataset`), per category of LLaVA-Interleave Bench and per number of images; per source,
     task (`question_type`), position of the decisive image and metric where rows tell or differ.
 
     Scores of rows are means in 0..1; where rows are scored together (BLEU, CIDEr), a group's score is that of the group, and counts once for each of its rows
     where metrics meet. `overall` weighs every row the same, a category and `average` every data set and category. Rows that do not count are `skipped`.
 
-    Args:
-        metric: of rows that do not say how they are scored.
-
     Raises:
         InputError: see `check_rows`.
     """
-    check_rows(((f"prediction {number}", row["metadata"]) for number, row in enumerate(predictions)), metric)
-    rows = [_scored(row, metric_of(row["metadata"], metric)) for row in predictions]
-    datasets = _grouped(rows, lambda row: str(row.metadata.get("dataset", "all")))
+    check_rows((f"prediction {number}", row["metadata"]) for number, row in enumerate(predictions))
+    rows = [_scored(row) for row in predictions]
+    datasets = grouped(rows, lambda scored: dataset_of(scored.row), _summary)
     categories = _categories(datasets)
     complete = {"average": sum(value["score"] for value in categories.values()) / len(CATEGORIES)} if _is_complete(categories) else {}
-    more = {
-        "sources": _grouped(rows, lambda row: row.metadata.get("source")),
-        "tasks": _grouped(rows, lambda row: row.metadata.get("question_type")),
-        "decisive_image": _grouped(rows, lambda row: row.metadata.get("decisive_image")),
-        "by_metric": _grouped(rows, lambda row: row.metric) if len({row.metric for row in rows}) > 1 else {},
-    }
+    told = {"sources": "source", "tasks": "question_type", "decisive_image": "decisive_image"}
+    more = {name: grouped(rows, lambda scored, key=key: scored.row["metadata"].get(key), _summary) for name, key in told.items()}  # type: ignore[misc]
+    by_metric = grouped(rows, lambda scored: scored.metric, _summary)
+    more |= {"by_metric": by_metric} if len(by_metric) > 1 else {}
     return {
         "overall": _summary(rows),
         "datasets": datasets,
         "categories": categories,
         **complete,
-        "num_images": _grouped(rows, lambda row: str(row.metadata.get("num_images", "unknown"))),
+        "num_images": grouped(rows, lambda scored: num_images_of(scored.row), _summary),
         **{name: groups for name, groups in more.items() if groups},
     }
 
 
-def _scored(row: Prediction, name: str) -> _Scored:
-    metric, prediction, references = METRICS[name], row["prediction"], references_of(row)
+def _scored(row: Prediction) -> _Scored:
+    name, prediction, references = metric_of(row["metadata"]), row["prediction"], references_of(row)
+    metric = METRICS[name]
     if metric.rule is None:
         references = [reference for reference in references if any(letter.isalnum() for letter in reference)]  # else there is no word to find again
-        return _Scored(row["metadata"], name, (prediction, references), 0.0 if references else None, {})
+        return _Scored(row, name, (prediction, references), 0.0 if references else None, {})
     also = {figure: value for figure, rule in metric.also.items() if (value := rule(prediction, references)) is not None}
-    return _Scored(row["metadata"], name, (prediction, references), metric.rule(prediction, references), also)
-
-
-def _grouped(rows: Sequence[_Scored], key: Callable[[_Scored], Any]) -> dict[str, dict[str, Any]]:
-    """Summaries of the rows that have a name or a number for this key, numbers in their order."""
-    groups = defaultdict(list)
-    for row in rows:
-        if isinstance(name := key(row), (str, int)):
-            groups[str(name)].append(row)
-    return {name: _summary(groups[name]) for name in sorted(groups, key=lambda name: (len(name) * name.isdecimal(), name))}
+    return _Scored(row, name, (prediction, references), metric.rule(prediction, references), also)
 
 
 def _summary(rows: Sequence[_Scored]) -> dict[str, Any]:
@@ -185,5 +191,5 @@ def _is_complete(categories: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def row_scores(predictions: Sequence[Prediction]) -> list[float | None]:
     """The score of each row by its own rule, 0..1; None where it does not count, and where rows are scored together: BLEU, CIDEr."""
-    rows = [_scored(row, metric_of(row["metadata"])) for row in predictions]
+    rows = [_scored(row) for row in predictions]
     return [None if METRICS[row.metric].corpus else row.score for row in rows]

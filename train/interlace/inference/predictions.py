@@ -55,9 +55,10 @@ def read_predictions(path: Path, metric: str | None = None, needs_reference: boo
     repeated = [name for name, count in Counter(str(row["id"]) for _, row in rows).items() if count > 1]
     if repeated:
         raise InputError(f"{path}: {few(repeated, 'id')} more than once; expected one prediction for each row")
-    check_rows(((where, row["metadata"]) for where, row in rows), metric)
-    asked = {"default_metric": metric} if metric else {}
-    return [{**row, "metadata": {**row["metadata"], **asked}} for _, row in rows]
+    for _, row in rows:
+        row["metadata"] |= {"default_metric": metric} if metric else {}
+    check_rows((where, row["metadata"]) for where, row in rows)
+    return [row for _, row in rows]
 
 
 def _prediction(line: str, where: str, needs_reference: bool) -> dict[str, Any]:

@@ -55,13 +55,13 @@ def read_expected(entry: Mapping[str, Any]) -> dict[str, Expected]:
     return dict(zip(told_apart(names), rows, strict=True))
 
 
-def with_references(predictions: Sequence[Mapping[str, Any]], expected: Mapping[str, Expected], metric: str | None) -> tuple[list[dict[str, Any]], int]:
+def with_references(predictions: Sequence[Mapping[str, Any]], expected: Mapping[str, Expected]) -> tuple[list[dict[str, Any]], int]:
     """The predictions with reference and metadata of the data, and how many had another reference before.
 
     Raises:
         InputError: ids that do not match, predictions that had other references throughout, or rows that cannot be scored.
     """
-    check_rows(((row.where, row.metadata) for row in expected.values()), metric)
+    check_rows((row.where, row.metadata) for row in expected.values())
     given = {str(row["id"]): row for row in predictions}
     missing = [name for name in expected if name not in given]
     unknown = [name for name in given if name not in expected]

@@ -10,9 +10,9 @@ from interlace.data.media import open_images
 from interlace.data.page import data_uri, filled
 from interlace.data.reading import Outcome
 from interlace.data.sample import Image, Place, Sample, Text, media_of
-from interlace.inference.comparison import RIGHT, change, dataset_of, num_images_of
+from interlace.inference.comparison import RIGHT, change
 from interlace.inference.diagnostics import Ablated, insensitive
-from interlace.inference.metrics import row_scores
+from interlace.inference.metrics import dataset_of, num_images_of, row_scores
 
 PAGE = Path(__file__).with_name("evaluation.html")
 KINDS = ("lost", "gained", "insensitive", "wrong", "right", "unscored")  # a row is of the first kind that fits
