@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from interlace.data.reading import Row
 from interlace.data.sample import BadRow, Image, Text, Turn
@@ -20,6 +20,7 @@ from interlace.model.families import family_of
 from interlace.model.features import FeatureCache, FeatureStore
 from interlace.model.loading import load_model, load_processing, weights_fingerprint
 from interlace.model.merging import merge
+from interlace.model.saving import save_processing
 from interlace.model.tuning import Lora, TunedModel, lora_targets, tune
 from interlace.training.supervised import finetune
 from interlace.training.weights import copy_of_weights, load_weights, save_weights
@@ -245,6 +246,32 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_layout(folder: Path,
 def test_image_aspect_ratio_is_refused_with_what_to_do(folder: Path) -> None:
     with pytest.raises(InputError, match="image_aspect_ratio: 'pad' does not go with model_type"):
         load_processing(str(folder), image_aspect_ratio="pad")
+
+
+def test_images_are_kept_within_the_bounds_that_were_asked_for(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    if "qwen" not in folder.name:
+        with pytest.raises(InputError, match="min_pixels and max_pixels do not go with model_type"):
+            load_processing(str(folder), max_pixels=10_000)
+        return
+    images = [PIL.Image.open(path).convert("RGB") for path in sorted(pictures.glob("*.png"))]
+    sizes = [image.size for image in images]
+    own = load_processing(str(folder))
+    settings: Any = own.image_processor
+    side = settings.patch_size * settings.merge_size
+    bounds = {"min_pixels": 12 * side**2, "max_pixels": 20 * side**2}
+    bounded = load_processing(str(folder), **bounds)
+    assert bounded.image_settings != own.image_settings
+    counts = bounded.row_image_tokens(sizes)
+    shapes = [max(size) / min(size) for size in sizes]
+    assert all(12 <= count - 2 <= 20 for count, shape in zip(counts, shapes, strict=True) if shape < 20)  # longer ones keep their shape, as the processor does
+    assert counts != own.row_image_tokens(sizes)
+    bounded.config.save_pretrained(tmp_path)
+    save_processing(bounded, tmp_path)
+    assert load_processing(str(tmp_path)).row_image_tokens(sizes) == counts
+    grids = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(images=images, return_tensors="pt")["image_grid_thw"]
+    assert [int(grid.prod()) // 4 + 2 for grid in grids] == counts
+    with pytest.raises(InputError, match="expected the second to be no less than the first"):
+        load_processing(str(folder), min_pixels=10_000, max_pixels=9_000)
 
 
 # --- the whole way ---

@@ -98,6 +98,10 @@ class DataFields:
         "How images become the model's size: `squash` or `pad` (to a square, with the mean colour); for models that cut them into tiles "
         "`anyres` or `anyres_max_N`; default: the model's own.",
     )
+    min_pixels: int | None = key(None, "Qwen-VL: an image with fewer pixels grows to so many; default: the model's own bound.", minimum=1)
+    max_pixels: int | None = key(
+        None, "Qwen-VL: an image with more pixels shrinks to so many, which bounds its tokens; default: the model's own bound.", minimum=1
+    )
     allow_urls: bool = key(False, "Download images and videos that the data names by URL, into cache_dir. Only you can open this door.")
     allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")
     cache_dir: str | None = key(None, "Where checked rows, embedded media and downloads are kept; default: $INTERLACE_CACHE, else ~/.cache/interlace.")

@@ -63,6 +63,18 @@ class Images(ABC):
         """Rows and columns of the tokens of an image of this (height, width)."""
         raise NotImplementedError(f"{type(self).__name__} has no grids")
 
+    def bound(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Makes images grow to `min_pixels` and shrink to `max_pixels`; None leaves a bound as it is.
+
+        Raises:
+            InputError: the model takes images in sizes of its own, or no image could be within these bounds.
+        """
+        if min_pixels or max_pixels:
+            raise InputError(
+                f"min_pixels and max_pixels do not go with model_type {self.config.model_type!r}, which resizes images to sizes of its own; leave them out "
+                "(image_aspect_ratio chooses among its ways)"
+            )
+
     def picture(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The pixel values of one image of this (width, height) -> (channels, height, width), all of it as far as the model sees it: the first tile."""
         return pixel_values[0]

@@ -127,6 +127,8 @@ def load_processing(
     label_policy: LabelPolicy = "assistant",
     trust_remote_code: bool = False,
     image_aspect_ratio: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     **prompt: Any,
 ) -> Processing:
     """Tokenizer, image processor and template of a model or adapter directory.
@@ -134,6 +136,7 @@ def load_processing(
     Args:
         system_prompt: None takes the one the model was trained with by Interlace, else the style's own.
         image_aspect_ratio: how images become the model's size or its tiles; None leaves it to what comes with the model.
+        min_pixels, max_pixels: of an image of any shape; None as for the aspect ratio.
         prompt: prompt_style, image_placement, image_placement_ratio, newline_after_image, form; None as for the system prompt.
 
     Raises:
@@ -153,8 +156,9 @@ def load_processing(
     prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer, family)
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
-        image_text = family.images(config, image_processor, tokenizer).text
-        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, image_text=image_text, **prompt)
+        images = family.images(config, image_processor, tokenizer)
+        images.bound(min_pixels, max_pixels)
+        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, image_text=images.text, **prompt)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return Processing(tokenizer, image_processor, template, config)

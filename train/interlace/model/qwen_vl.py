@@ -41,6 +41,14 @@ class QwenImages(Images):
         height, width = smart_resize(*size, side, processor.size["shortest_edge"], processor.size["longest_edge"])
         return height // side, width // side
 
+    def bound(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        processor: Any = self.image_processor
+        least, most = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
+        token = (processor.patch_size * processor.merge_size) ** 2
+        if not max(least, token) <= most:
+            raise InputError(f"min_pixels {least:,} and max_pixels {most:,}: expected the second to be no less than the first and {token}, which are one token")
+        processor.size = {"shortest_edge": least, "longest_edge": most}
+
     def row_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         return [self._tokens(*size) for size in sizes]
 
@@ -90,7 +98,7 @@ def check_qwen(config: PretrainedConfig, image_aspect_ratio: str | None) -> None
     if image_aspect_ratio is not None:
         raise InputError(
             f"image_aspect_ratio: {image_aspect_ratio!r} does not go with model_type {config.model_type!r}: it takes every image in its own shape; "
-            "leave it out (how many pixels an image may keep stands in preprocessor_config.json, as size)"
+            "leave it out (min_pixels and max_pixels say how many pixels an image keeps)"
         )
 
 

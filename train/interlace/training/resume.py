@@ -39,7 +39,20 @@ FIXED_KEYS = (
     *("tunable_parts", "freeze_include", "freeze_exclude", "optim", "lora_dtype"),
 )
 DATA_KEYS = (
-    *("image_aspect_ratio", "num_frames", "video_fps", "max_length", "too_long", "bad_rows", "system_prompt", "label_policy", "seed", "data_seed"),
+    *(
+        "image_aspect_ratio",
+        "min_pixels",
+        "max_pixels",
+        "num_frames",
+        "video_fps",
+        "max_length",
+        "too_long",
+        "bad_rows",
+        "system_prompt",
+        "label_policy",
+        "seed",
+        "data_seed",
+    ),
     *("prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"),
     *("packing", "per_device_train_batch_size", "max_tokens_per_batch", "share_prefix", "max_rows_per_prefix"),
 )
