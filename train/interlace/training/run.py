@@ -19,6 +19,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
+from interlace.model import pissa
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.saving import copy_beside
@@ -120,6 +121,8 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
     resident = psutil.Process().memory_info().rss
     tuned = load_tuned_model(path, arguments, args)
+    if arguments["lora_init"]:
+        tuned = pissa.begin(tuned, arguments["lora_init"], args.seed, ranks, args.device, None if checkpoint is None else checkpoint.folder)
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     make = prepare(tuned, processing, train, evaluation, arguments, Task(args, ranks, path))
     if checkpoint is not None:
