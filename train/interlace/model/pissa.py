@@ -36,7 +36,10 @@ def begin(tuned: TunedModel, init: str, seed: int, ranks: Ranks, device: torch.d
     Raises:
         InputError: the rank is larger than a weight's, or the checkpoint holds another kind of adapter.
     """
-    first = _principal_parts(tuned, init, seed, ranks, device) if checkpoint is None else separated(load_file(checkpoint / ADAPTER_FILE), tuned, checkpoint)[1]
+    if checkpoint is None:
+        first = _principal_parts(tuned, init, seed, ranks, device)
+    else:
+        _, first = separated(load_file(checkpoint / ADAPTER_FILE), tuned, checkpoint)
     with torch.no_grad():
         for name, layer in _layers(tuned).items():
             part_a, part_b = (first[f"{name}.{matrix}.default.weight"] for matrix in ("lora_A", "lora_B"))
