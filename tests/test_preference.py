@@ -333,6 +333,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-3},
     "with tower": {"learning_rate": 1e-3, "tunable_parts": "vision_tower,projector,language_model"},
     "adapter and tower": {**TRUE, "tunable_parts": "vision_tower,language_model"},
+    "PiSSA": {**TRUE, "tunable_parts": "projector,language_model", "lora_init": "pissa_niter_4"},
 }
 
 
@@ -428,7 +429,7 @@ def test_a_continued_adapter_is_its_own_reference(pairs_file: Path, rows_file: P
 
 
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("engine", ["adapter", "full"])
+@pytest.mark.parametrize("engine", ["adapter", "full", "PiSSA"])
 def test_resumed_equals_uninterrupted(pairs_file: Path, make_arguments: Make, tmp_path: Path, engine: str, stored: bool) -> None:
     changes = {**ENGINES[engine], "precompute_ref_log_probs": stored, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "max_steps": 6}
     whole = make_arguments(pairs_file, output_dir=str(tmp_path / "whole"), **changes)

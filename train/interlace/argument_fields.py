@@ -53,6 +53,11 @@ class ModelFields:
     lora_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "Type of the adapter's weights and of their optimizer state; bfloat16 saves memory and rounds small steps away."
     )
+    lora_init: str | None = key(
+        None,
+        "What a new adapter begins with: by default nothing; `pissa` (PiSSA): the principal part of the weights, of which the base keeps the rest; "
+        "`pissa_niter_N`: the same by a fast decomposition in N iterations, 16 being close. It is saved as a LoRA adapter of twice the rank on the whole base.",
+    )
     lora_path: str | None = key(None, "An adapter to continue from; its rank, alpha and targets stay.")
     use_rslora: bool = key(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
     use_dora: bool = key(False, "DoRA: learn magnitude and direction apart.")

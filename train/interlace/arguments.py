@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -255,12 +256,32 @@ def contradictions(arguments: Arguments, given: Mapping[str, Any], kind: Kind = 
     ]
     problems = [message for holds, message in pairs if holds]
     if a["lora_path"]:
-        fixed = [name for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora") if name in given]
+        fixed = [name for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "lora_init") if name in given]
         problems += [f"{name}: the adapter in lora_path already decides it; remove the key" for name in fixed]
     for name, (accepted, reason) in REFUSED.items():
         if a[name] not in accepted:
             problems.append(f"{name}: {a[name]!r} cannot be honoured: {reason}")
-    return problems + sharding_problems(a, lambda path: read_json(path, problems))
+    return problems + _lora_init_problems(a) + sharding_problems(a, lambda path: read_json(path, problems))
+
+
+def _lora_init_problems(a: Arguments) -> list[str]:
+    if a["lora_init"] is None:
+        return []
+    if not re.fullmatch(r"pissa(_niter_[1-9]\d*)?", a["lora_init"]):
+        return [f"lora_init: expected pissa, or pissa_niter_N with a number of iterations (pissa_niter_16); got {a['lora_init']!r}"]
+    pairs = [
+        (not a["lora"], "lora_init needs lora: true"),
+        (
+            a["load_in_4bit"] or a["load_in_8bit"],
+            "lora_init: what the adapter takes over is taken out of the weights, and quantised ones do not change; leave out lora_init, or the quantisation",
+        ),
+        (a["lora_dropout"] > 0, "lora_init: dropout would leave out the principal part of the weights, which the adapter holds; set lora_dropout: 0"),
+        (
+            a["lora_dtype"] != "float32",
+            f"lora_dtype: an adapter that begins with lora_init is large from the start, and {a['lora_dtype']} would round its steps away; leave it out",
+        ),
+    ]
+    return [message for holds, message in pairs if holds]
 
 
 def list_value(value: str | list[str]) -> list[str]:

@@ -24,6 +24,8 @@ RENAMED = {
     "attn_implementation": "attention",
     "lora_enable": "lora",
     "lora_r": "lora_rank",
+    # PEFT
+    "init_lora_weights": "lora_init",
 }
 # Values under those names: our key -> theirs -> ours
 VALUES: dict[str, dict[Any, Any]] = {
@@ -82,6 +84,7 @@ INSTEAD = {
     "pretrain_mm_mlp_adapter": "the model's own projector: convert_checkpoint.py makes a model of it",
     "bits": "load_in_4bit or load_in_8bit: true",
     "lora_weight_path": "lora_path",
+    "pissa": "lora_init: pissa",
 }
 
 

@@ -48,9 +48,9 @@ def preference_problems(a: Mapping[str, Any], did_you_mean: Callable[[str, Itera
         (a["reference_dir"] is not None and not a["precompute_ref_log_probs"], "reference_dir needs precompute_ref_log_probs: true"),
         (a["precompute_ref_batch_size"] is not None and not a["precompute_ref_log_probs"], "precompute_ref_batch_size needs precompute_ref_log_probs: true"),
         (
-            bool(a["lora_path"]) and not a["precompute_ref_log_probs"] and slices_weights(a),
-            "lora_path: the reference is this adapter as it was, which fsdp and ZeRO-3 cannot keep in slices beside the one that learns; "
-            "set precompute_ref_log_probs: true, or use deepspeed: zero2",
+            bool(a["lora_path"] or a["lora_init"]) and not a["precompute_ref_log_probs"] and slices_weights(a),
+            f"{'lora_path' if a['lora_path'] else 'lora_init'}: the reference is this adapter as it was, which fsdp and ZeRO-3 cannot keep in slices beside "
+            "the one that learns; set precompute_ref_log_probs: true, or use deepspeed: zero2",
         ),
         (
             bool(a["fsdp"]) and not a["lora"] and not a["precompute_ref_log_probs"],

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,12 +35,13 @@ class Lora:
 @dataclass(frozen=True)
 class TunedModel:
     """A model ready to train: `packed` is what gets wrapped; `tower` the frozen tower outside of it, or None if it trains; `peft` the adapter, or None;
-    `base_fingerprint` says which weights an adapter is trained on."""
+    `base_fingerprint` says which weights an adapter is trained on; `first` holds what PiSSA began with, by names in `base`, as the base lacks it."""
 
     packed: PackedModel
     tower: FrozenTower | None
     peft: PeftModel | None
     base_fingerprint: str = ""
+    first: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> PreTrainedModel:

@@ -155,7 +155,7 @@ def sizes_of(tuned: TunedModel, arguments: Mapping[str, Any], kind: Kind = "supe
     reference = 0
     if asks_reference(arguments, kind) and not arguments["lora"]:
         reference = copy_bytes(tuned.packed, compute_dtype(arguments))
-    elif asks_reference(arguments, kind) and arguments["lora_path"]:
+    elif asks_reference(arguments, kind) and (arguments["lora_path"] or arguments["lora_init"]):
         reference = trainable
     replica = 0 if tuned.tower is None else sum(parameter.nbytes for parameter in tuned.tower.module.parameters())
     workspace = 0
@@ -283,6 +283,8 @@ def disk_of(tuned: TunedModel, sizes: Sizes, arguments: Mapping[str, Any], total
     every = arguments["save_steps"]
     interval = max(1, int(every) if every >= 1 else -(-every * total_steps // 1))
     saves = {"no": 0, "epoch": int(-(-epochs // 1)), "steps": -(-total_steps // interval)}.get(arguments["save_strategy"], total_steps)
+    if arguments["lora_init"]:  # with the matrices it began with
+        model += sum(parameter.nbytes for name, parameter in tuned.packed.named_parameters() if ".lora_A." in name or ".lora_B." in name)
     limit = arguments["save_total_limit"]
     kept = saves if limit is None else min(saves, limit + 1)
     checkpoint = model + sizes.optimizer

@@ -76,7 +76,7 @@ def _views(evaluation: PlannedRows, count: int) -> dict[str, PlannedRows]:
 def _live(tuned: TunedModel, arguments: Arguments, task: Task) -> Reference:
     """A reference that is asked along with the policy; `preference_problems` refuses what cannot be."""
     if tuned.peft is not None:
-        return AsItBegan(tuned.packed) if arguments["lora_path"] else AdapterOff(tuned.peft)
+        return AsItBegan(tuned.packed) if arguments["lora_path"] or tuned.first else AdapterOff(tuned.peft)
     return FrozenCopy(tuned.packed, compute_dtype(arguments), is_rounded=bool(task.args.deepspeed) and compute_dtype(arguments) is not torch.float32)
 
 
@@ -104,6 +104,7 @@ def _settings(
     """view -> all that its log-probs rest on, by the names of `precomputing`; weights and images are read once for all."""
     files = ("adapter_model.safetensors", "adapter_config.json") if arguments["lora_path"] else ()
     precision = [compute_dtype(arguments), *(arguments[name] for name in ("load_in_4bit", "load_in_8bit", "lora")), bool(arguments["deepspeed"])]
+    precision += [arguments["lora_init"]] if tuned.first else []  # the same weights, but in two parts
     found: dict[str, dict[str, str]] = {}
     media: dict[tuple[Path, ...], str] = {}
     try:
@@ -148,7 +149,8 @@ def _score(
 
 def _describe(reference: Reference, tuned: TunedModel, arguments: Arguments) -> None:
     """Says what the reference is, and which savings cannot be had."""
-    kinds = {AdapterOff: "the model without its adapter", AsItBegan: "the adapter in lora_path", FrozenCopy: "a frozen copy of the model"}
+    began = "the adapter in lora_path" if arguments["lora_path"] else f"the model as it began (without its adapter, {arguments['lora_init']} leaves a rest)"
+    kinds = {AdapterOff: "the model without its adapter", AsItBegan: began, FrozenCopy: "a frozen copy of the model"}
     if type(reference) in kinds:
         say(f"reference: {kinds[type(reference)]}; precompute_ref_log_probs: true computes its log-probs once, for all epochs and later runs")
     if tuned.tower is None and not isinstance(reference, Stored):

@@ -36,7 +36,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "
 # What else decides which weights train and how a row becomes numbers; rows, their order and their number per step are held against the plan's fingerprint
 FIXED_KEYS = (
     *("model_name_or_path", "lora", "lora_path", "lora_rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "load_in_4bit", "load_in_8bit"),
-    *("tunable_parts", "freeze_include", "freeze_exclude", "optim", "lora_dtype"),
+    *("lora_init", "tunable_parts", "freeze_include", "freeze_exclude", "optim", "lora_dtype"),
 )
 DATA_KEYS = (
     *(

@@ -19,6 +19,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
+from interlace.model import pissa
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
 from interlace.model.saving import copy_beside
@@ -119,7 +120,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     elif arguments["resume_from_checkpoint"] is True:
         say(f"{output_dir}: no complete checkpoint yet; starting afresh")
     resident = psutil.Process().memory_info().rss
-    tuned = load_tuned_model(path, arguments, args)
+    tuned = model_at_its_beginning(path, arguments, args, ranks, checkpoint)
     attach_feature_cache(tuned, rows, total_steps / train.plan.steps_per_epoch, processing, arguments, ranks, say)
     make = prepare(tuned, processing, train, evaluation, arguments, Task(args, ranks, path))
     if checkpoint is not None:
@@ -149,6 +150,14 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     if arguments["push_to_hub"] and ranks.is_main:
         last.callback(publish, output_dir, arguments, say)
     last.callback(write)  # the last one in is the first one out
+
+
+def model_at_its_beginning(path: str, arguments: Arguments, args: TrainingArguments, ranks: Ranks, checkpoint: Checkpoint | None) -> TunedModel:
+    """The model before its first step, also where it goes on from a checkpoint; called on all ranks."""
+    tuned = load_tuned_model(path, arguments, args)
+    if arguments["lora_init"] is None:
+        return tuned
+    return pissa.begin(tuned, arguments["lora_init"], args.seed, ranks, args.device, None if checkpoint is None else checkpoint.folder)
 
 
 def finish(trainer: PackedTrainer, total_steps: int, path: str, output_dir: Path, metrics: dict[str, float]) -> None:

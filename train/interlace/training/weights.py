@@ -12,6 +12,7 @@ from interlace.errors import InputError
 from interlace.model.families import family_of
 from interlace.model.layouts import hub_name
 from interlace.model.loading import BASE_FILE, Processing
+from interlace.model.pissa import ADAPTER_FILE, beside_first, double_rank, separated
 from interlace.model.saving import save_model, save_processing
 from interlace.model.tuning import TunedModel
 
@@ -60,8 +61,10 @@ def save_weights(tuned: TunedModel, weights: Weights, processing: Processing, fo
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tuned.peft is not None:
-        state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        state = {f"base_model.model.{name}": tensor for name, tensor in beside_first(weights, tuned.first).items()}
         tuned.peft.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        if tuned.first:
+            double_rank(folder)
         about = {"base_model_name_or_path": tuned.base.name_or_path, "weights_fingerprint": tuned.base_fingerprint}
         (folder / BASE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     else:
@@ -76,7 +79,8 @@ def load_weights(tuned: TunedModel, folder: Path) -> None:
         InputError: a weight that trains is not in the checkpoint, or none of the model's is where it should be.
     """
     if tuned.peft is not None:
-        state = load_file(folder / "adapter_model.safetensors")
+        state = load_file(folder / ADAPTER_FILE)
+        state = separated(state, tuned, folder)[0] if tuned.first else state
         missing = set(get_peft_model_state_dict(tuned.peft, save_embedding_layers=False)) - set(state)
         if not missing:
             set_peft_model_state_dict(tuned.peft, state)
