@@ -8,6 +8,7 @@ from interlace.errors import InputError, run_script
 from interlace.inference.metrics import METRICS
 from interlace.inference.predictions import metrics_table, read_predictions, write_scores
 
+NAMES = ", ".join(METRICS)
 ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
 
 
@@ -84,8 +85,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--image-folder", metavar="D", help="where image paths start; default: the data file's folder")
     parser.add_argument("--output-dir", required=True, type=Path, help="gets predictions.jsonl, metrics.json and evaluation.html")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these; needs no model. With --data-files, references come from there")
-    words = ", ".join(METRICS)
-    parser.add_argument("--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {words}; default: exact_match")
+    parser.add_argument("--metric", metavar="NAME", help=f"of rows without metadata.metric or a known question_type: {NAMES}; default: exact_match")
     parser.add_argument("--rank-choices", action="store_true", help="the likeliest of metadata.choices is the answer; nothing is generated")
     parser.add_argument("--compare-with", type=Path, metavar="P", help="an earlier model's predictions.jsonl, or its output folder: which rows changed")
     parser.add_argument("--diagnose", nargs="*", choices=ABLATIONS, metavar="A", help=f"ask again with images changed: {', '.join(ABLATIONS)}; alone: all")
@@ -101,16 +101,15 @@ def read_options() -> argparse.Namespace:
         parser.add_argument(f"--load-in-{bits}bit", action="store_true", help="needs the quantization extra")
     parser.add_argument("--fsdp", action="store_true", help="torchrun's processes share the weights: for a model that does not fit on one GPU")
     options = parser.parse_args()
-    asks = options.diagnose is not None
     problems = {
-        f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {words}": options.metric not in (None, *METRICS),
+        f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {NAMES}": options.metric not in (None, *METRICS),
         "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,
         "--diagnose-rows, --report-rows and --seed: expected at least 0": min(options.diagnose_rows, options.report_rows, options.seed) < 0,
         f"{options.output_dir} is a file; expected a folder": options.output_dir.exists() and not options.output_dir.is_dir(),
-        "--load-in-4bit and --load-in-8bit: expected one of them": options.load_in_4bit and options.load_in_8bit,
+        "--load-in-4bit, --load-in-8bit and --fsdp: expected one of them": options.load_in_4bit + options.load_in_8bit + options.fsdp > 1,
         "expected --model-path and --data-files, or --predictions FILE": not options.predictions and not (options.model_path and options.data_files),
-        "--diagnose and --rank-choices ask the model; they do not go with --predictions": options.predictions and (asks or options.rank_choices),
-        "--rank-choices goes neither with --diagnose, which asks for answers in words, nor with --fsdp": options.rank_choices and (asks or options.fsdp),
+        "--diagnose and --rank-choices ask a model, not --predictions": options.predictions and (options.diagnose is not None or options.rank_choices),
+        "--rank-choices goes neither with --diagnose nor with --fsdp": options.rank_choices and (options.diagnose is not None or options.fsdp),
     }
     if any(problems.values()):
         raise InputError("\n  ".join(problem for problem, holds in problems.items() if holds))

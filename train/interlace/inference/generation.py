@@ -152,8 +152,8 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     processing = load_processing(resolve_model_path(path))
     is_quantized = load_in_4bit or load_in_8bit
-    if fsdp and (is_quantized or not torch.distributed.is_initialized()):
-        raise InputError("--fsdp shares 16 or 32 bit weights between processes: torchrun --nproc-per-node 8 train/evaluate_model.py ..., and no --load-in-..")
+    if fsdp and not torch.distributed.is_initialized():
+        raise InputError("--fsdp shares the weights between processes: torchrun --nproc-per-node 8 train/evaluate_model.py ...")
     if is_quantized and device.type == "cpu":
         chosen = torch.bfloat16
     if device.index is not None:
