@@ -153,8 +153,9 @@ def load_processing(
     prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer, family)
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
-        image_text = family.images(config, image_processor, tokenizer).text
-        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, image_text=image_text, **prompt)
+        images = family.images(config, image_processor, tokenizer)
+        prompt |= {"image_text": images.text, "video_token_id": images.video_token_id}
+        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, **prompt)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return Processing(tokenizer, image_processor, template, config)
