@@ -59,6 +59,7 @@ ROWS = (
     ("large",),
 )
 NUM_FRAMES = 5
+FORM = {"system": "Look.", "user": "<|im_start|>{{user}}\n", "bot": "{{bot}}<|im_end|>"}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,9 @@ def test_ids_are_those_of_the_saved_template_and_the_model_s_own_processor(folde
         assert len(in_videos) == sum(FRAMES.get(name, NUM_FRAMES) for name in names if kind_of(name) == "video")
 
 
-@pytest.mark.parametrize("changes", [{"newline_after_image": True}, {"image_placement": "in_front"}, {"prompt_style": "vicuna_v1"}, {"prompt_style": "plain"}])
+@pytest.mark.parametrize(
+    "changes", [{"newline_after_image": True}, {"image_placement": "in_front"}, {"prompt_style": "vicuna_v1"}, {"prompt_style": "plain"}, {"form": FORM}]
+)
 def test_nothing_stands_between_the_frames_of_a_video(folder: Path, changes: dict[str, Any]) -> None:
     """The ids are those of a row with a token in each video's place, and the saved template writes the same."""
     processing = load_processing(str(folder), **changes)
@@ -231,6 +234,7 @@ def test_nothing_stands_between_the_frames_of_a_video(folder: Path, changes: dic
         .input_ids.tolist()
     )
     at = as_one.index(image)
+    assert video not in template.text_ids("<video>")
     assert found == [*as_one[:at], *[image] * 4, *as_one[at + 1 :]]
     if "image_placement" not in changes and "newline_after_image" not in changes:
         words = [{"type": "text", "text": "see "}, {"type": "video"}, {"type": "text", "text": "or "}, {"type": "image"}, {"type": "text", "text": "which"}]
@@ -308,6 +312,23 @@ def test_questions_about_one_video_share_it(folder: Path, media: Path, tmp_path:
     halves = split(together)
     assert halves is not None
     assert backward(tuned, halves)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_pair_sees_the_video_of_its_prompt_once(folder: Path, media: Path, tmp_path: Path, make_arguments: Callable[..., dict[str, Any]]) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([{"video": "clip3", "prompt": "<video>Which?", "chosen": "this one", "rejected": "none"}]))
+    arguments = make_arguments(tmp_path / "pairs.json", model_name_or_path=str(folder), cache_dir=str(tmp_path / "cache"))
+    arguments["dataset"]["train"][0]["image_folder"] = str(media)
+    processing, model = load_processing(str(folder)), load_model(str(folder), torch.float32).eval()
+    (row,), _ = load_rows(read_entries(arguments["dataset"]["train"], 0), row_reader(arguments, processing, "preference"), arguments, False)
+    batch, line = collate(folder, [row]), preview_line(row.file, row, None, processing.config.image_token_id, processing.images.ids)
+    assert len(batch.segments) == 3 and line["prompt_ids"].count(processing.config.video_token_id) == 3 * 4 + 1
+    with torch.no_grad():
+        found = score(tuned_model(folder), batch).log_probs
+        for number, name in enumerate(("chosen_ids", "rejected_ids")):
+            ids, answer = torch.tensor([line["prompt_ids"] + line[name]]), torch.tensor(line[name])
+            logits = model(input_ids=ids, **media_inputs(model, folder, ["clip3"], row)).logits[0, -len(answer) - 1 : -1]
+            expected = F.log_softmax(logits, -1).gather(1, answer[:, None])[:, 0]
+            torch.testing.assert_close(found[batch.sequence_index == number], expected, **TOLERANCE)
 
 
 def test_features_of_frames_come_back_from_the_cache(folder: Path, rows: list[Row], tmp_path: Path) -> None:

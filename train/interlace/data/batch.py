@@ -266,7 +266,10 @@ class Collator:
 
     def _num_filled(self, tokens: int) -> int:
         """How many of an image's tokens are filled by features."""
-        return tokens if self.image_ids is None else int(np.count_nonzero(self._is_filled(np.array(self.image_ids(tokens)))))
+        if self.image_ids is None:
+            return tokens
+        ids = self.image_ids(tokens)
+        return ids.count(self.image_token_id) + (0 if self.video_token_id is None else ids.count(self.video_token_id))
 
     def _supervised(
         self, pieces: Sequence[_Piece], segments: Sequence[Segment], expanded: Sequence[Expanded]

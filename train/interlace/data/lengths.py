@@ -23,12 +23,9 @@ def media_tokens(
         sizes: (width, height) of each image of each medium: one, or the frames of a video.
         video_tokens: None where the frames of a video are images.
     """
-    apart = [is_video and video_tokens is not None for is_video in are_videos]
-    tokens = iter(image_tokens([size for group, is_apart in zip(sizes, apart, strict=True) if not is_apart for size in group]))
-    return [
-        video_tokens(len(group)) if is_apart and video_tokens is not None else [next(tokens) for _ in group]
-        for group, is_apart in zip(sizes, apart, strict=True)
-    ]
+    media = list(zip(sizes, are_videos, strict=True))
+    tokens = iter(image_tokens([size for group, is_video in media if video_tokens is None or not is_video for size in group]))
+    return [[next(tokens) for _ in group] if video_tokens is None or not is_video else video_tokens(len(group)) for group, is_video in media]
 
 
 def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:

@@ -233,7 +233,7 @@ class ChatTemplate:
 
 def _in_frames(turn: Turn) -> Turn:
     """A turn whose videos have become images."""
-    return replace(turn, parts=tuple(one for part in turn.parts for one in (part.frames if isinstance(part, Video) else (part,))))
+    return replace(turn, parts=tuple(one for part in turn.parts for one in ((part.frames or (part,)) if isinstance(part, Video) else (part,))))
 
 
 def placed(turn: Turn, placement: Placement) -> Turn:
