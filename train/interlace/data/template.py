@@ -90,6 +90,12 @@ class ChatTemplate:
         return self.style.end
 
     @property
+    def video_text(self) -> str | None:
+        """The text of `video_token_id`; None where there is none."""
+        found: Any = None if self.video_token_id is None else self.tokenizer.convert_ids_to_tokens(self.video_token_id)
+        return found  # type: ignore[no-any-return]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a model must be asked in, as it was trained: the arguments of this class that decide about prompts."""
         names = ["system_prompt", "image_placement", "image_placement_ratio", *(["form"] if self.form else [])]
@@ -197,10 +203,10 @@ class ChatTemplate:
     def jinja(self) -> str:
         """The template to save with the model: renders every conversation to the ids of `encode`, images where the messages have them."""
         template = self.style.jinja(self.system_prompt, self.image_text)
-        if self.video_token_id is None:
+        if self.video_text is None:
             return template
-        video = str(self.tokenizer.convert_ids_to_tokens(self.video_token_id)) + "\n" * self.style.newline_after_image
-        return template.replace(f"{IS_IMAGE} else ", f"{IS_IMAGE} else {quoted(video)} if part['type'] == 'video' else ")
+        video = quoted(self.video_text + "\n" * self.style.newline_after_image)
+        return template.replace(f"{IS_IMAGE} else ", f"{IS_IMAGE} else {video} if part['type'] == 'video' else ")
 
     def _prepared(self, turns: Iterable[Turn]) -> list[Turn]:
         """With a system turn, and images where they are to stand; videos as their frames, unless the model sees them as one medium."""

@@ -72,6 +72,7 @@ class Processing:
     def processor_settings(self) -> dict[str, Any]:
         """The contents of `processor_config.json`, which tell transformers how to count image tokens."""
         family = family_of(self.config)
-        ids = {"image_token": self.config.image_token_id, "video_token": self.images.video_token_id}
-        tokens = {name: self.tokenizer.convert_ids_to_tokens(token) for name, token in ids.items() if token is not None}
+        tokens = {"image_token": self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)}
+        if self.template.video_text is not None:
+            tokens["video_token"] = self.template.video_text
         return {**tokens, "processor_class": family.processor, **family.processor_settings(self.config)}
