@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, LlavaOnevisionConfig, LlavaOnevisionProcessor, Qwen2Config, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlavaOnevisionConfig, LlavaOnevisionModel, LlavaOnevisionProcessor, Qwen2Config, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from interlace.data.batch import Collator, PackedBatch
@@ -202,9 +202,13 @@ def test_tokens_of_a_video_are_those_of_the_library_s_processor(folder: Path, si
 
 def test_a_frame_of_the_published_models_is_196_tokens(folder: Path) -> None:
     tiny = load_processing(str(folder))
-    processing = Processing(tiny.tokenizer, tiny.image_processor, tiny.template, LlavaOnevisionConfig())
+    config = LlavaOnevisionConfig(text_config=Qwen2Config(num_hidden_layers=1))
+    processing = Processing(tiny.tokenizer, tiny.image_processor, tiny.template, config)
     assert processing.video_tokens is not None
     assert sum(processing.video_tokens(16)) == 16 * 196 + 1
+    with torch.device("meta"):
+        model: Any = LlavaOnevisionModel(processing.config)
+    assert model.apply_pooling(torch.zeros(2, 27 * 27, 1)).shape == (2, 196, 1)
 
 
 def test_ids_are_those_of_the_saved_template_and_the_model_s_own_processor(folder: Path, rows: list[Row]) -> None:
