@@ -53,7 +53,7 @@ def main() -> None:
         headers = Headers()
         images: Any = processing.image_processor
         mean, std = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        viewer = Viewer(processing.process_images, processing.images.picture, mean, std, processing.config.image_token_id)
+        viewer = Viewer(processing.process_images, processing.images.picture, mean, std, processing.config.image_token_id, processing.images.ids)
         records = tqdm(chosen_records(sources, rows.stores, ledger, num_samples), desc="drawing rows", unit="row", leave=False)
         shown = [viewer.shown(reader.read(record, headers), headers) for record in records]
         model, config = str(arguments["model_name_or_path"]), split_words(sys.argv[1:])[0][0]

@@ -138,6 +138,7 @@ class Collator:
         features: where features may be found; images that have some are not opened.
         image_ids: the ids of an image; None for a run of `image_token_id`.
         grid: rows and columns of an image's tokens, for models whose positions tell them; None for others.
+        video_token_id: another id that features replace: those of the frames of videos; None for models that see them as images.
     """
 
     process_images: ProcessImages
@@ -146,6 +147,7 @@ class Collator:
     features: FindFeatures | None = None
     image_ids: ImageIds | None = None
     grid: Grid | None = None
+    video_token_id: int | None = None
 
     def __call__(self, numbered: Sequence[tuple[int, Row]]) -> PackedBatch | InputError:
         """The batch, or what is wrong with an image: an error raised in a worker process would reach the user with two tracebacks."""
@@ -165,7 +167,7 @@ class Collator:
         pieces = self._pieces(rows, expanded)
         ends = np.cumsum([piece.end - piece.start for piece in pieces]).tolist()
         segments = tuple(Segment(end - (piece.end - piece.start), end, piece.parent) for piece, end in zip(pieces, ends, strict=True))
-        input_ids = torch.from_numpy(np.concatenate([expanded[piece.row][0][piece.start : piece.end] for piece in pieces]))
+        input_ids = np.concatenate([expanded[piece.row][0][piece.start : piece.end] for piece in pieces])
         places, targets, weights, sequence = self._supervised(pieces, segments, expanded)
         distinct, index = places.unique(return_inverse=True)
         images = distinct_images(rows)
@@ -181,7 +183,7 @@ class Collator:
         is_parent = {piece.parent for piece in pieces}
         order = [piece.row for number, piece in enumerate(pieces) if number not in is_parent]
         return PackedBatch(
-            input_ids=input_ids.long()[None],
+            input_ids=torch.from_numpy(input_ids).long()[None],
             position_ids=self._positions(pieces, expanded, [[grids[i] for i in images] for images in shown] if grids else None),
             segments=segments,
             rows=distinct,
@@ -192,7 +194,7 @@ class Collator:
             row_numbers=tuple(numbered[row][0] for row in order),
             pixel_values=pixel_values,
             image_index=torch.tensor([i for images in shown for i in images], dtype=torch.long),
-            image_positions=(input_ids == self.image_token_id).nonzero()[:, 0],
+            image_positions=torch.from_numpy(np.flatnonzero(self._is_filled(input_ids))),
             image_sizes=sizes,
             image_tokens=tuple(self._num_filled(tokens) for _, tokens in images),
             image_grids=grids,
@@ -251,15 +253,23 @@ class Collator:
         found: list[np.ndarray] = []
         ends: list[int] = []
         for i, piece in enumerate(pieces):
-            is_image = expanded[piece.row][0][piece.start : piece.end] == self.image_token_id
-            positions, end = grid_positions(is_image, grids[i] if grids else (), ends[piece.parent] if piece.parent >= 0 else 0)
+            is_filled = self._is_filled(expanded[piece.row][0][piece.start : piece.end])
+            positions, end = grid_positions(is_filled, grids[i] if grids else (), ends[piece.parent] if piece.parent >= 0 else 0)
             found.append(positions)
             ends.append(end)
         return torch.from_numpy(np.concatenate(found, axis=1))[:, None]
 
+    def _is_filled(self, ids: np.ndarray) -> np.ndarray:
+        """Which of some expanded ids features fill."""
+        is_image: np.ndarray = ids == self.image_token_id
+        return is_image if self.video_token_id is None else is_image | (ids == self.video_token_id)
+
     def _num_filled(self, tokens: int) -> int:
         """How many of an image's tokens are filled by features."""
-        return tokens if self.image_ids is None else self.image_ids(tokens).count(self.image_token_id)
+        if self.image_ids is None:
+            return tokens
+        ids = self.image_ids(tokens)
+        return ids.count(self.image_token_id) + (0 if self.video_token_id is None else ids.count(self.video_token_id))
 
     def _supervised(
         self, pieces: Sequence[_Piece], segments: Sequence[Segment], expanded: Sequence[Expanded]
@@ -283,7 +293,7 @@ class Collator:
     def _images_of(self, piece: _Piece, rows: Sequence[Row], expanded: Sequence[Expanded]) -> Iterator[Image]:
         """The images of a row that stand in a piece of it: images are whole, so their tokens tell."""
         ends = np.cumsum([self._num_filled(tokens) for tokens in rows[piece.row].image_tokens])
-        first, last = (np.count_nonzero(expanded[piece.row][0][:place] == self.image_token_id) for place in (piece.start, piece.end))
+        first, last = (np.count_nonzero(self._is_filled(expanded[piece.row][0][:place])) for place in (piece.start, piece.end))
         return itertools.islice(_images(rows[piece.row]), int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "right")))
 
     def _pixels(self, images: list[Image], rows: Sequence[Row]) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:

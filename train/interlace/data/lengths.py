@@ -8,8 +8,24 @@ import numpy as np
 from interlace.data.sample import BadRow
 from interlace.data.template import IGNORE_INDEX, Encoded
 
+ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]  # (width, height) of each image of a row -> number of tokens of each
+VideoTokens = Callable[[int], list[int]]  # how many frames a video has -> number of tokens of each
 TooLong = Literal["drop_turns", "drop_row", "error", "fewer_frames"]
 ImageIds = Callable[[int], Sequence[int]]  # an image's number of tokens -> its ids: those that features fill, and what the model has around and between them
+
+
+def media_tokens(
+    sizes: Sequence[Sequence[tuple[int, int]]], are_videos: Sequence[bool], image_tokens: ImageTokens, video_tokens: VideoTokens | None
+) -> list[list[int]]:
+    """Number of tokens of each image of each medium of one row.
+
+    Args:
+        sizes: (width, height) of each image of each medium: one, or the frames of a video.
+        video_tokens: None where the frames of a video are images.
+    """
+    media = list(zip(sizes, are_videos, strict=True))
+    tokens = iter(image_tokens([size for group, is_video in media if video_tokens is None or not is_video for size in group]))
+    return [[next(tokens) for _ in group] if video_tokens is None or not is_video else video_tokens(len(group)) for group, is_video in media]
 
 
 def expanded_length(encoded: Encoded, image_tokens: Sequence[int]) -> int:
@@ -85,13 +101,17 @@ def fit(encoded: Encoded, image_tokens: Sequence[int], image_token_id: int, max_
 
 
 def most_frames(base_length: int, frame_tokens: Sequence[Sequence[int]], max_length: int) -> int:
-    """The most frames that every video of a row may have so that the row fits; at least 1, also where even that does not fit.
+    """The most frames that every video of a row may have so that the row fits; at least 1, also where even that does not fit. The last one is always seen.
 
     Args:
         base_length: tokens of the row without the frames of its videos.
         frame_tokens: for each video, the tokens of each of its frames.
     """
     most = max(map(len, frame_tokens))
-    while most > 1 and base_length + sum(sum(tokens[:most]) for tokens in frame_tokens) > max_length:
+    while most > 1 and base_length + sum(sum(_fewer(tokens, most)) for tokens in frame_tokens) > max_length:
         most -= 1
     return most
+
+
+def _fewer(tokens: Sequence[int], most: int) -> Sequence[int]:
+    return tokens if len(tokens) <= most else [*tokens[: most - 1], tokens[-1]]

@@ -202,6 +202,7 @@ class Viewer:
         picture: pixel values of one image of this (width, height) -> (3, height, width), all of it as far as the model sees it.
         mean, std: what these were normalised with, per channel.
         image_token_id: the id that stands for an image.
+        image_ids: the ids of an image; None for a run of `image_token_id`.
     """
 
     process_images: ProcessImages
@@ -209,6 +210,7 @@ class Viewer:
     mean: Sequence[float]
     std: Sequence[float]
     image_token_id: int
+    image_ids: ImageIds | None = None
 
     def shown(self, outcome: Outcome, headers: Headers) -> Shown:
         """A row as the page shows it; `headers` are those it was read with, and know the times of video frames.
@@ -251,7 +253,9 @@ class Viewer:
             if place.pts is not None:
                 video = headers.of(replace(place, pts=None), check_video, sys.maxsize)
                 seconds = float((place.pts - int(video.pts[0])) * video.time_base)
-            yield Picture(self.image_token_id, tokens, data_uri(after), after.size, image.size, name, seconds)
+            ids = (self.image_token_id,) if self.image_ids is None else self.image_ids(tokens)
+            token_id = self.image_token_id if self.image_token_id in ids else ids[0]  # of a frame, where a video has an id of its own
+            yield Picture(token_id, tokens, data_uri(after), after.size, image.size, name, seconds)
 
 
 def _tokens(encoded: Encoded, part: slice, dropped: bool = False) -> Tokens:

@@ -8,20 +8,19 @@ from typing import Any, Literal
 
 from interlace.data.formats import FORMATS, recognise
 from interlace.data.ledger import Entry
-from interlace.data.lengths import TooLong, expanded_length, fit, longest_path, most_frames, prefix_of
+from interlace.data.lengths import ImageTokens, TooLong, VideoTokens, expanded_length, fit, longest_path, media_tokens, most_frames, prefix_of
 from interlace.data.media import check_image
 from interlace.data.places import Finder, MediaFolder, frame_folder
-from interlace.data.sample import BadRow, Image, Part, Place, PreferencePair, Sample, Text, Turn, Video, media_of
+from interlace.data.sample import BadRow, Image, Place, PreferencePair, Sample, Turn, Video, media_of, with_frames
 from interlace.data.shards import ArchiveRow
 from interlace.data.sources import Source
 from interlace.data.template import ChatTemplate, Encoded
 from interlace.data.video import VideoIndex, check_video, choose_frames, choose_numbers
 
 Kind = Literal["supervised", "preference"]
-ImageTokens = Callable[[Sequence[tuple[int, int]]], list[int]]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
 EXCLUDED = "excluded_by_list"  # the reason of rows that the user leaves out
-_VERSION = 7  # raise it when the same record would make another row: rows on disk are made anew
+_VERSION = 8  # raise it when the same record would make another row: rows on disk are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +168,7 @@ class RowReader:
         max_image_pixels: larger images, and videos with larger frames, are bad.
         kept: where media go that are no files.
         num_frames, video_fps: how many frames of a video are taken.
+        video_tokens: number of frames of a video -> number of tokens of each, for a model that sees it as one medium; None: they are images.
         kind: which rows are wanted; the other kind is bad.
     """
 
@@ -182,6 +182,7 @@ class RowReader:
     num_frames: int = 16
     video_fps: float | None = None
     kind: Kind = "supervised"
+    video_tokens: VideoTokens | None = None
 
     def fingerprint(self) -> str:
         """A hash of everything, beside the record and its media, that decides what a row becomes."""
@@ -254,18 +255,15 @@ class RowReader:
         ]
         # an answer with a prompt of its own is a row of its own: a model may count a single image in another way than one of several
         first = len(media_of(sample.prompt)) if isinstance(sample, PreferencePair) else len(sizes)
-        tokens = [group for part in (sizes[:first], sizes[first:]) for group in self._counted(part)]
+        are_videos = [visual.is_video for visual in visuals]
+        parts = (slice(first), slice(first, None))
+        tokens = [group for part in parts for group in media_tokens(sizes[part], are_videos[part], self.image_tokens, self.video_tokens)]
         counts = iter(map(len, places))
         if isinstance(sample, Sample):
-            return self.template.encode(replace(sample, turns=_with_frames(sample.turns, counts))), places, tokens
-        prompt = _with_frames(sample.prompt, counts)
-        rejected = None if sample.rejected_prompt is None else _with_frames(sample.rejected_prompt, counts)
+            return self.template.encode(replace(sample, turns=with_frames(sample.turns, counts))), places, tokens
+        prompt = with_frames(sample.prompt, counts)
+        rejected = None if sample.rejected_prompt is None else with_frames(sample.rejected_prompt, counts)
         return self.template.encode_pair(replace(sample, prompt=prompt, rejected_prompt=rejected)), places, tokens
-
-    def _counted(self, sizes: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
-        """Number of tokens of each image of each medium of one row."""
-        tokens = iter(self.image_tokens([size for group in sizes for size in group]))
-        return [[next(tokens) for _ in group] for group in sizes]
 
     def outcomes(self, records: Iterator[Record]) -> Iterator[Outcome]:
         """The outcomes of records, in order."""
@@ -294,17 +292,6 @@ class _Visual:
 
 def _turns_of(sample: Sample | PreferencePair) -> tuple[Turn, ...]:
     return sample.turns if isinstance(sample, Sample) else (*sample.prompt, *(sample.rejected_prompt or ()))
-
-
-def _with_frames(turns: Sequence[Turn], counts: Iterator[int]) -> tuple[Turn, ...]:
-    """Turns in which each medium is as many images as it has frames."""
-    changed = []
-    for turn in turns:
-        parts: list[Part] = []
-        for part in turn.parts:
-            parts += [part] if isinstance(part, Text) else [Image(part.path)] * next(counts)
-        changed.append(replace(turn, parts=tuple(parts)))
-    return tuple(changed)
 
 
 def _rest(encoded: Encoded, kept: Encoded) -> Encoded:

@@ -1,7 +1,7 @@
 """The one canonical form of a row: turns whose parts stand in order."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -96,6 +96,16 @@ class PreferencePair:
 def media_of(turns: Sequence[Turn]) -> list[Image | Video]:
     """Images and videos of some turns, in order."""
     return [part for turn in turns for part in turn.media]
+
+
+def with_frames(turns: Iterable[Turn], counts: Iterable[int]) -> tuple[Turn, ...]:
+    """Turns whose videos have as many frames as are seen of them; counts: how many images each medium is, in order."""
+    left, changed = iter(counts), []
+    for turn in turns:
+        numbers = {at: next(left) for at, part in enumerate(turn.parts) if not isinstance(part, Text)}
+        parts = (replace(part, frames=(Image(part.path),) * numbers[at]) if isinstance(part, Video) else part for at, part in enumerate(turn.parts))
+        changed.append(replace(turn, parts=tuple(parts)))
+    return tuple(changed)
 
 
 class BadRow(Exception):

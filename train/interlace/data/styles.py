@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import Image, Text, Turn
+from interlace.data.sample import Image, Part, Text, Turn, Video
 
 StyleName = Literal["chatml", "vicuna_v1", "plain", "smolvlm", "written"]
 
@@ -118,7 +118,7 @@ class MarkedStyle(Style):
 
 
 # Pieces of Jinja that the styles' templates share: a message's content as `parts`; an answer's text as `answer.text`, without leading white space as `bare`,
-# which is written where `lead`, the white space, breaks a line (see `trim_answer`); a body of text and images
+# which is written where `lead`, the white space, breaks a line (see `trim_answer`); a body of text and images, each where `IS_IMAGE`
 PARTS = """{%- if message['content'] is string -%}
 {%- set parts = [{'type': 'text', 'text': message['content']}] -%}
 {%- else -%}
@@ -130,9 +130,10 @@ ANSWER = """{%- set answer = namespace(text='') -%}
 {%- set bare = answer.text.lstrip() -%}
 {%- set lead = answer.text[:answer.text|length - bare|length] -%}
 """
-BODY = """{%- for part in parts -%}
-{{- image_token if part['type'] in ['image', 'image_url'] else part['text'] -}}
-{%- endfor -%}
+IS_IMAGE = "part['type'] in ['image', 'image_url']"
+BODY = f"""{{%- for part in parts -%}}
+{{{{- image_token if {IS_IMAGE} else part['text'] -}}}}
+{{%- endfor -%}}
 """
 
 _CHATML = (
@@ -199,10 +200,15 @@ def parts_ids(
         if isinstance(part, Text):
             run += part.text
             continue
-        assert isinstance(part, Image), "a video becomes images before it is written"
-        ids += [*write(run), image_token_id, *behind_image]
+        ids += [*write(run), *image_ids(part, image_token_id), *behind_image]
         run, write = "", text_ids
     return ids + write(run + end)
+
+
+def image_ids(part: Part, image_token_id: int) -> list[int]:
+    """An image is one token; a video that its model sees as one medium is one for each frame."""
+    assert isinstance(part, Image) or (isinstance(part, Video) and part.frames), "a video has its frames before it is written"
+    return [image_token_id] * (1 if isinstance(part, Image) else len(part.frames))
 
 
 def trim_answer(text: str) -> str:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn
+from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn, Video
 from interlace.data.smolvlm import SmolVLM
-from interlace.data.styles import ChatML, Piece, Style, StyleName
+from interlace.data.styles import IS_IMAGE, ChatML, Piece, Style, StyleName, quoted
 from interlace.data.vicuna import Plain, Vicuna
 from interlace.data.written import Written
 
@@ -23,7 +23,7 @@ STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as ids; an image is one `image_token_id`, to be expanded when it is collated.
+    """A row as ids; an image, or a frame of a video, is one `image_token_id`, to be expanded when it is collated.
 
     `input_ids`, `labels` (-100 where unsupervised, not shifted), `weights` (of each label) are (length,) arrays; `num_images` counts image tokens;
     `answer_starts` are the positions where each answer begins, `exchange_ends` those behind it, where whole turns may be cut off. In a preference
@@ -53,6 +53,7 @@ class ChatTemplate:
         newline_after_image: a line break, a token of its own, behind every image.
         form: see `read_form`; in place of a style.
         image_text: what the template to save writes for an image; None for the text of `image_token_id`.
+        video_token_id: the id that stands for a video, of a model that sees it as one medium; None for one to which its frames are images.
 
     Raises:
         ValueError: the tokenizer does not go with the style.
@@ -70,6 +71,7 @@ class ChatTemplate:
         newline_after_image: bool = False,
         form: dict[str, str] | None = None,
         image_text: str | None = None,
+        video_token_id: int | None = None,
     ):
         self.tokenizer, self.image_token_id, self.label_policy = tokenizer, image_token_id, label_policy
         written = None if form is None else Written(tokenizer, image_token_id, newline_after_image, form)
@@ -78,13 +80,20 @@ class ChatTemplate:
         self.style.trims_answers = label_policy != "llava_next"
         self.system_prompt = self.style.default_system_prompt if system_prompt is None else system_prompt
         self.image_placement, self.image_placement_ratio = image_placement, image_placement_ratio
-        self.control = frozenset(self.style.control())
+        self.video_token_id = video_token_id
+        self.control = frozenset([*self.style.control(), *([] if video_token_id is None else [video_token_id])])
         self._known: dict[tuple[str, bool], list[int]] = {}  # headers, system prompts and questions come again and again
 
     @property
     def end(self) -> int | None:
         """The id that ends an answer; None if the style has none."""
         return self.style.end
+
+    @property
+    def video_text(self) -> str | None:
+        """The text of `video_token_id`; None where there is none."""
+        found: Any = None if self.video_token_id is None else self.tokenizer.convert_ids_to_tokens(self.video_token_id)
+        return found  # type: ignore[no-any-return]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,7 +129,7 @@ class ChatTemplate:
         return ids
 
     def encode(self, sample: Sample) -> Encoded:
-        """Ids, labels and weights of a whole row; each of its images is one token, and its videos have become images before.
+        """Ids, labels and weights of a whole row; each of its images is one token, and each frame of its videos, which must be in them.
 
         Raises:
             BadRow: a control token in the text, turns that have no form in the style, or nothing supervised.
@@ -193,11 +202,15 @@ class ChatTemplate:
 
     def jinja(self) -> str:
         """The template to save with the model: renders every conversation to the ids of `encode`, images where the messages have them."""
-        return self.style.jinja(self.system_prompt, self.image_text)
+        template = self.style.jinja(self.system_prompt, self.image_text)
+        if self.video_text is None:
+            return template
+        video = quoted(self.video_text + "\n" * self.style.newline_after_image)
+        return template.replace(f"{IS_IMAGE} else ", f"{IS_IMAGE} else {video} if part['type'] == 'video' else ")
 
     def _prepared(self, turns: Iterable[Turn]) -> list[Turn]:
-        """With a system turn, and images where they are to stand."""
-        turns = list(turns)
+        """With a system turn, and images where they are to stand; videos as their frames, unless the model sees them as one medium."""
+        turns = list(turns) if self.video_token_id is not None else [_in_frames(turn) for turn in turns]
         if self.image_placement != "interleaved":
             placement = self._placement_of(turns)
             turns = [placed(turn, placement) for turn in turns]
@@ -224,8 +237,13 @@ class ChatTemplate:
         return "in_front" if share < self.image_placement_ratio else "interleaved"
 
 
+def _in_frames(turn: Turn) -> Turn:
+    """A turn whose videos have become images."""
+    return replace(turn, parts=tuple(one for part in turn.parts for one in ((part.frames or (part,)) if isinstance(part, Video) else (part,))))
+
+
 def placed(turn: Turn, placement: Placement) -> Turn:
-    """A turn with its images where they are to stand.
+    """A turn with its images (and videos that are one medium) where they are to stand.
 
     interleaved: where they are. in_front: before its text, each on a line of its own. llava_next: LLaVA-NeXT's rule (llava/train/train.py,
     preprocess_multimodal): an only image that does not begin its turn goes to the front.

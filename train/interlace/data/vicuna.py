@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import BadRow, Image, Turn
-from interlace.data.styles import BODY, PARTS, Piece, Style, TextIds, parts_ids, quoted
+from interlace.data.sample import BadRow, Turn
+from interlace.data.styles import BODY, PARTS, Piece, Style, TextIds, image_ids, parts_ids, quoted
 
 
 class SentencePieceStyle(Style):
@@ -124,7 +124,7 @@ class Plain(SentencePieceStyle):
         turns = [turn for turn in turns if turn.role != "system"]
         if [turn.role for turn in turns] != ["user", "assistant"] or not turns[0].media:
             raise BadRow("not_a_caption", "prompt_style plain takes rows of one question with images and one answer, the caption")
-        images = [self.image_token_id for part in turns[0].parts if isinstance(part, Image)]
+        images = [token for medium in turns[0].media for token in image_ids(medium, self.image_token_id)]
         return [Piece(self.beginning, images, []), Piece([], text_ids(f"{turns[1].text}\n"), [])]
 
     def jinja(self, system_prompt: str, image_token: str) -> str:

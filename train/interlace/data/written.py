@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from interlace.data.sample import BadRow, Image, Text, Turn
-from interlace.data.styles import Piece, TextIds, quoted
+from interlace.data.sample import BadRow, Text, Turn
+from interlace.data.styles import Piece, TextIds, image_ids, quoted
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
 
@@ -109,8 +109,7 @@ class Written(SentencePieceStyle):
     def _parts(self, turn: Turn) -> list[str | int]:
         found: list[str | int] = []
         for part in turn.parts:
-            assert isinstance(part, Text | Image)
-            found += [part.text] if isinstance(part, Text) else [self.image_token_id, *(["\n"] if self.newline_after_image else [])]
+            found += [part.text] if isinstance(part, Text) else [*image_ids(part, self.image_token_id), *(["\n"] if self.newline_after_image else [])]
         return found
 
     def _ids(self, parts: Sequence[str | int], text_ids: TextIds, is_behind: bool) -> list[int]:

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from interlace.data.lengths import media_tokens
 from interlace.data.positions import grid_positions
 from interlace.inference.attaching import Frame, open_frames
 from interlace.inference.generation import Generator
 from interlace.model.families import family_of
-from interlace.model.forward import active_module
 
 _IMAGES_AT_ONCE = 16
 _MOST_OTHERS = 16  # images that no turn holds any more, but an /undo or another conversation may bring back
@@ -70,14 +70,16 @@ class Context:
         self.num_kept = 0  # of the tokens read last, those that were there already
         self._next_position = 0
 
-    def spelt(self, ids: Sequence[int], frames: Sequence[Frame]) -> list[Token]:
-        """The tokens of a conversation whose `ids` hold one image token for each of `frames`.
+    def spelt(self, ids: Sequence[int], media: Sequence[tuple[Frame, ...]], are_videos: Sequence[bool]) -> list[Token]:
+        """The tokens of a conversation whose `ids` hold one image token for each image, or frame of a video, in `media`.
 
         Raises:
             BadRow: an image that the model cannot take.
         """
         processing = self.generator.processing
-        pictures = iter(zip(frames, processing.row_image_tokens([frame.size for frame in frames]), strict=True))
+        sizes = [[frame.size for frame in frames] for frames in media]
+        counts = media_tokens(sizes, are_videos, processing.row_image_tokens, processing.video_tokens)
+        pictures = iter([picture for frames, tokens in zip(media, counts, strict=True) for picture in zip(frames, tokens, strict=True)])
         tokens: list[Token] = []
         for token in ids:
             if token == processing.config.image_token_id:
@@ -95,7 +97,8 @@ class Context:
             BadRow: an image that cannot be opened; the context is as it was.
         """
         start = self._common_start(tokens) if self.can_go_on else 0
-        is_filled = np.array([picture is not None and token == self.config.image_token_id for token, picture in tokens])
+        filled_ids = self.generator.processing.images.filled_ids
+        is_filled = np.array([picture is not None and token in filled_ids for token, picture in tokens])
         try:
             logits = self._read(tokens, start, is_filled)
             self.tokens, self.num_kept = list(tokens), start
@@ -185,25 +188,10 @@ class Context:
         wanted = pictures[max(0, before - 1) :]
         new = [picture for picture in dict.fromkeys(wanted) if picture not in self._features]
         for first in range(0, len(new), _IMAGES_AT_ONCE):
-            self._encode(new[first : first + _IMAGES_AT_ONCE])
+            some = new[first : first + _IMAGES_AT_ONCE]
+            rows = self.generator.encoded(open_frames([frame for frame, _ in some]), [count for _, count in some])
+            self._features.update(zip(some, rows, strict=True))
         return torch.cat([self._features[picture] for picture in wanted])[-num_rows:]
-
-    def _encode(self, pictures: Sequence[Picture]) -> None:
-        """Images through tower and projector, as in `PackedModel`."""
-        processing, family, device = self.generator.processing, self.family, self.generator.device
-        images = open_frames([frame for frame, _ in pictures])
-        sizes = [frame.size[::-1] for frame, _ in pictures]
-        counts = [count for _, count in pictures]
-        filled = [list(processing.images.ids(count)).count(processing.config.image_token_id) for count in counts]
-        grids = [processing.images.grid(size) for size in sizes] if processing.images.has_grids else []
-        tower = active_module(getattr(self.model.model, family.vision_tower))
-        pixels = processing.process_images(images, counts).to(device, _dtype(tower))
-        features = family.features(self.config, tower, pixels, grids)
-        projected = family.project(self.model.model, features.to(_dtype(self.model.model.get_submodule(family.projector[0]))))
-        tiles = projected.split([family.num_tiles(self.config, *image) for image in zip(sizes, filled, strict=True)])
-        rows = [image.flatten(0, 1) for image in tiles] if family.tiling is None else family.tiling.assemble(self.model.model, tiles, sizes)
-        assert [len(image) for image in rows] == filled
-        self._features.update(zip(pictures, rows, strict=True))
 
 
 def _pictures(tokens: Sequence[Token]) -> list[Picture]:
@@ -219,7 +207,3 @@ def _pictures(tokens: Sequence[Token]) -> list[Picture]:
         else:
             left -= 1
     return found
-
-
-def _dtype(module: torch.nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)

@@ -9,7 +9,7 @@ tiles). A video is one image where images turn grey or go, and where they move, 
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,21 +73,39 @@ class Ablations:
             case "shuffled" | "references":
                 order = shuffled(row.images, random_of_row) if name == "shuffled" else traded(row.images, random_of_row)
                 if order is not None:
-                    yield name, None, _with_images(row, [row.images[i] for i in order], [row.image_tokens[i] for i in order])
+                    yield name, None, self._moved(row, order)
             case "blanked":
                 grey = self._grey(row)
-                for image, span in enumerate(spans_of(row.images), 1):
+                for image, span in enumerate(self._spans(row), 1):
                     yield name, image, _with_images(row, [*row.images[: span.start], *grey[span.start : span.stop], *row.images[span.stop :]])
                 yield "all_blanked", None, _with_images(row, grey)
             case "dropped":
                 sizes = [opened.size for opened in open_images(row.images)]
-                for image, span in enumerate(spans_of(row.images), 1):
+                for image, span in enumerate(self._spans(row), 1):
                     yield name, image, self._without(row, span, sizes)
             case "swapped":
                 group = self.partners.get((row.file, row.index), ())
                 drawn = random_of_row.sample(group, min(len(group), _MOST_TRIES))
                 if (other := next((other for other in drawn if not set(other.images) & set(row.images)), None)) is not None:
                     yield name, None, _with_images(row, other.images)
+
+    def _spans(self, row: Row) -> list[range]:
+        """See `spans_of`; a model that sees a video as one medium knows them better, as they may lie in a folder."""
+        videos = {number: video for video in self.processing.images.videos(row.image_tokens) for number in video}
+        return list(dict.fromkeys(videos.get(i, range(i, i + 1)) for i in range(len(row.images)))) if videos else spans_of(row.images)
+
+    def _moved(self, row: Row, order: Sequence[int]) -> Row:
+        """A row with its images in another order. The place decides whether a model sees a frame of a video or an image, where it tells them apart."""
+        images = [row.images[i] for i in order]
+        if not (videos := self.processing.images.videos(row.image_tokens)):
+            return _with_images(row, images, [row.image_tokens[i] for i in order])
+        tokens = self._counted(row.image_tokens, [opened.size for opened in open_images(images)], [number for video in videos for number in video])
+        return replace(_with_images(row, images, tokens), length=expanded_length(row.encoded, tokens))
+
+    def _counted(self, image_tokens: Sequence[int], sizes: Sequence[tuple[int, int]], in_videos: Collection[int]) -> list[int]:
+        """Number of tokens of each image by its (width, height); those in videos have theirs already."""
+        counted = iter(self.processing.row_image_tokens([size for number, size in enumerate(sizes) if number not in in_videos]))
+        return [tokens if number in in_videos else next(counted) for number, tokens in enumerate(image_tokens)]
 
     def _grey(self, row: Row) -> list[Place]:
         """Grey images of the sizes of a row's own."""
@@ -112,8 +130,11 @@ class Ablations:
             kept[start : start + 1 + is_newline] = False
         changed: dict[str, Any] = {name: getattr(encoded, name)[kept] for name in ("input_ids", "labels", "weights")}
         changed |= {name: tuple(int(kept[:at].sum()) for at in getattr(encoded, name)) for name in ("answer_starts", "exchange_ends")}
-        images = row.images[: span.start] + row.images[span.stop :]
-        tokens = tuple(self.processing.row_image_tokens([*sizes[: span.start], *sizes[span.stop :]])) if images else ()
+        left = [number for number in range(len(row.images)) if number not in span]
+        in_videos = {number for video in self.processing.images.videos(row.image_tokens) for number in video}
+        images = tuple(row.images[number] for number in left)
+        frames = [at for at, number in enumerate(left) if number in in_videos]
+        tokens = tuple(self._counted([row.image_tokens[number] for number in left], [sizes[number] for number in left], frames))
         encoded = replace(encoded, num_images=len(images), **changed)
         return replace(row, encoded=encoded, images=images, image_tokens=tokens, length=expanded_length(encoded, tokens), prefix_ids=0, prefix_images=0)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from interlace.data.download import is_url
-from interlace.data.sample import BadRow, Image, Part, Text, Turn, Video, media_of
+from interlace.data.sample import BadRow, Image, Part, Text, Turn, Video, media_of, with_frames
 from interlace.errors import InputError
 from interlace.inference.attaching import Attachments, Frame
 from interlace.inference.context import Context, Token
@@ -224,13 +224,8 @@ class Dialogue:
         """A conversation up to where the next answer begins; a video is its frames, as in training."""
         if self.system:
             turns = [Turn("system", (Text(self.system),)), *turns]
-        counts = iter(map(len, frames))
-        spelt = []
-        for turn in turns:
-            parts = [[part] if isinstance(part, Text) else [Image(part.path)] * next(counts) for part in turn.parts]
-            spelt.append(replace(turn, parts=tuple(part for group in parts for part in group)))
-        ids = self.generator.processing.template.encode_prompt(spelt)
-        return self.context.spelt(ids, [frame for group in frames for frame in group])
+        ids = self.generator.processing.template.encode_prompt(with_frames(turns, map(len, frames)))
+        return self.context.spelt(ids, frames, [isinstance(item, Video) for item in media_of(turns)])
 
     def _check_room(self, length: int, sampling: Sampling) -> None:
         most: int = self.context.config.get_text_config().max_position_embeddings

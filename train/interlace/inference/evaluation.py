@@ -38,7 +38,8 @@ def read_questions(
     """
     processing = generator.processing
     kept = MediaFolder(default_cache_dir() / "media")
-    reader = RowReader(processing.template, processing.row_image_tokens, processing.image_settings, max_length, "error", max_image_pixels, kept)
+    counted = (processing.row_image_tokens, processing.image_settings)
+    reader = RowReader(processing.template, *counted, max_length, "error", max_image_pixels, kept, video_tokens=processing.video_tokens)
     records = tqdm(records_of(read_entries([entry], 0)), desc="checking rows", unit="row", leave=False, disable=ranks is not None and not ranks.is_main)
     outcomes = list(reader.outcomes(iter(records)))
     check_ledger(Ledger.of([outcome.entry for outcome in outcomes]), "error", "error", None)
@@ -76,7 +77,7 @@ def question_of(outcome: Outcome, generator: Generator) -> Prompt:
     row = _row(outcome)
     start = row.encoded.answer_starts[-1]
     ids = generator.expanded(row.encoded.input_ids[:start].tolist(), row.image_tokens)
-    return Prompt(ids, row.images, row.prefix_length, row.prefix_images)
+    return Prompt(ids, row.images, row.image_tokens, row.prefix_length, row.prefix_images)
 
 
 def predict(

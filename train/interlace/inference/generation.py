@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import PIL.Image
 import torch
 from peft import PeftModel
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from interlace.data.media import check_image, open_images
 from interlace.data.sample import Image, Place, Turn, media_of
 from interlace.errors import InputError
 from interlace.model.families import family_of
+from interlace.model.forward import active_module
 from interlace.model.loading import Processing, load_for_inference, load_processing, quantization, resolve_model_path
 
 MOST_PIXELS = 178_000_000  # of an image in a dialogue
@@ -31,13 +34,14 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to where an answer begins: expanded ids, and the images whose tokens are in them, in order.
+    """A conversation up to where an answer begins: expanded ids, and the images whose tokens are in them, in order, with the number of tokens of each.
 
     `trunk_length` and `trunk_images` count the first ids and images, those that other questions may begin with, too; 0 for none.
     """
 
     input_ids: list[int]
     images: tuple[Place, ...]
+    image_tokens: tuple[int, ...]
     trunk_length: int = 0
     trunk_images: int = 0
 
@@ -66,7 +70,7 @@ class Generator:
         """
         places = tuple(Place(item.path) for item in media_of(turns) if isinstance(item, Image))
         tokens = self.processing.row_image_tokens([check_image(place, MOST_PIXELS) for place in places])
-        return Prompt(self.expanded(self.processing.template.encode_prompt(turns), tokens), places)
+        return Prompt(self.expanded(self.processing.template.encode_prompt(turns), tokens), places, tuple(tokens))
 
     def expanded(self, ids: Sequence[int], image_tokens: Sequence[int]) -> list[int]:
         """Ids with each image as all of its tokens, `image_tokens` of each."""
@@ -87,7 +91,7 @@ class Generator:
         pad, end = tokenizer.pad_token_id, self.processing.template.end
         end = tokenizer.eos_token_id if end is None else end
         pad = end if pad is None else pad
-        trunk, trunk_images = self._common_trunk(prompts)
+        trunk, num_images = self._common_trunk(prompts)
         longest = max(len(prompt.input_ids) for prompt in prompts)
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
         ids = torch.tensor([[*trunk, *[pad] * more, *prompt.input_ids[len(trunk) :]] for more, prompt in zip(padding, prompts, strict=True)])
@@ -100,8 +104,8 @@ class Generator:
             output: torch.Tensor = self.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                past_key_values=self._prefilled(trunk, trunk_images, len(prompts)) if trunk else None,
-                **self._vision([prompt.images[len(trunk_images) :] for prompt in prompts], ids),
+                past_key_values=self._prefilled(trunk, prompts[0], num_images, len(prompts)) if trunk else None,
+                **self._vision([prompt.images[num_images:] for prompt in prompts], ids, [n for prompt in prompts for n in prompt.image_tokens[num_images:]]),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=pad,
@@ -117,25 +121,64 @@ class Generator:
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 
-    def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], tuple[Place, ...]]:
-        """The trunk of all prompts; nothing for one prompt, for different trunks, and for models whose positions tell rows and columns: `generate` computes
-        those from whole prompts."""
+    def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], int]:
+        """The ids of the trunk of all prompts, and how many images are in it; nothing for one prompt, for different trunks, and for models whose positions
+        tell rows and columns: `generate` computes those from whole prompts."""
         first = prompts[0].trunk
         can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids
-        return first if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], ())
+        return (first[0], len(first[1])) if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], 0)
 
-    def _prefilled(self, trunk: Sequence[int], images: Sequence[Place], rows: int) -> DynamicCache:
-        """Keys and values of a trunk, for each of some rows."""
+    def _prefilled(self, trunk: Sequence[int], prompt: Prompt, num_images: int, rows: int) -> DynamicCache:
+        """Keys and values of a trunk with the first images of a prompt, for each of some rows."""
         cache, ids = DynamicCache(config=self.model.config.get_text_config()), torch.tensor([trunk])
-        self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **self._vision([images], ids))
+        vision = self._vision([prompt.images[:num_images]], ids, prompt.image_tokens[:num_images])
+        self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **vision)
         cache.batch_repeat_interleave(rows)
         return cache
 
-    def _vision(self, rows: Sequence[Sequence[Place]], ids: torch.Tensor) -> dict[str, Any]:
-        """What the model takes of the images of some rows."""
-        images = iter(open_images([place for row in rows for place in row]))
+    def _vision(self, rows: Sequence[Sequence[Place]], ids: torch.Tensor, image_tokens: Sequence[int] = ()) -> dict[str, Any]:
+        """What the model takes of the images of some rows; image_tokens: of each of them, for models that see a video as one medium."""
+        opened = open_images([place for row in rows for place in row])
+        if self.processing.images.video_token_id is not None and opened:
+            return {"mm_encoder_outputs": self._encoder_outputs(opened, image_tokens)}
+        images = iter(opened)
         vision = self.processing.generation_inputs([[next(images) for _ in row] for row in rows], ids)
         return {name: values.to(self.device, self.model.dtype if name == "pixel_values" else None) for name, values in vision.items()}
+
+    def _encoder_outputs(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int]) -> dict[str, BaseModelOutputWithPooling]:
+        """Features of images and videos in the place of pixels: of those `generate` takes videos of one length only, and it counts the images of a trunk apart
+        from those behind it."""
+        rows: dict[str, list[torch.Tensor]] = {"image": [], "video": []}
+        for tokens, row in zip(image_tokens, self.encoded(images, image_tokens), strict=True):
+            rows["image" if self.processing.images.ids(tokens)[0] == self.processing.config.image_token_id else "video"].append(row)
+        of_image: Any = rows["image"]  # a list, of videos one tensor (1, tokens, text width)
+        outputs = {"image": BaseModelOutputWithPooling(pooler_output=of_image)} if rows["image"] else {}
+        return outputs | ({"video": BaseModelOutputWithPooling(pooler_output=torch.cat(rows["video"])[None])} if rows["video"] else {})
+
+    @torch.no_grad()
+    def encoded(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Images through tower and projector, as in `PackedModel`: (tokens that features fill, text width or a multiple) of each.
+
+        Args:
+            image_tokens: number of tokens of each.
+        """
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        family, of_images = family_of(model.config), self.processing.images
+        sizes = [(image.height, image.width) for image in images]
+        filled = [sum(map(list(of_images.ids(tokens)).count, of_images.filled_ids)) for tokens in image_tokens]
+        grids = [of_images.grid(size) for size in sizes] if of_images.has_grids else []
+        tower = active_module(getattr(model.model, family.vision_tower))
+        pixels = self.processing.process_images(images, image_tokens).to(self.device, _dtype(tower))
+        features = family.features(model.config, tower, pixels, grids)
+        projected = family.project(model.model, features.to(_dtype(model.model.get_submodule(family.projector[0]))))
+        tiles = projected.split([family.num_tiles(model.config, *image) for image in zip(sizes, filled, strict=True)])
+        rows = [image.flatten(0, 1) for image in tiles] if family.tiling is None else family.tiling.assemble(model.model, tiles, sizes, filled)
+        assert [len(image) for image in rows] == filled
+        return rows
+
+
+def _dtype(module: torch.nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters() if parameter.dtype.is_floating_point)
 
 
 def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = False, load_in_8bit: bool = False, fsdp: bool = False) -> Generator:

@@ -175,7 +175,8 @@ class PackedModel(nn.Module):
             return projected[image_index].flatten(0, 1)
         num_tiles = [self.family.num_tiles(self.config, *image) for image in zip(image_sizes, image_tokens, strict=True)]
         tiles = projected.split(num_tiles)
-        images = [image.flatten(0, 1) for image in tiles] if self.family.tiling is None else self.family.tiling.assemble(self.model.model, tiles, image_sizes)
+        tiling = self.family.tiling
+        images = [image.flatten(0, 1) for image in tiles] if tiling is None else tiling.assemble(self.model.model, tiles, image_sizes, image_tokens)
         assert [len(image) for image in images] == list(image_tokens)
         lengths = torch.tensor(image_tokens, device=projected.device)
         at_place = lengths[image_index]

@@ -50,6 +50,24 @@ class Images(ABC):
         return [self.config.image_token_id] * tokens
 
     @property
+    def video_token_id(self) -> int | None:
+        """The id of a video's tokens, of a model that sees it as one medium; None: its frames are images."""
+        return None
+
+    def video_tokens(self, num_frames: int) -> list[int]:
+        """Number of tokens of each frame of a video, where there is a `video_token_id`."""
+        raise NotImplementedError(f"{type(self).__name__} sees frames as images")
+
+    def videos(self, image_tokens: Sequence[int]) -> list[range]:
+        """Which images of a row are the frames of a video that the model sees as one medium: their numbers of tokens tell."""
+        return []
+
+    @property
+    def filled_ids(self) -> list[int]:
+        """The ids that features fill."""
+        return [self.config.image_token_id, *([] if self.video_token_id is None else [self.video_token_id])]
+
+    @property
     def text(self) -> str:
         """What a chat template writes for an image, from which the model's processor makes all of `ids`."""
         return str(self.tokenizer.convert_ids_to_tokens(self.config.image_token_id))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import PIL.Image
@@ -49,7 +50,7 @@ class TiledImages(LlavaImages):
 
     def pixels(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int] | None) -> torch.Tensor:
         if image_tokens is None:
-            return self.processed(list(images), with_aspect_ratio(self.image_processor, "squash", self.config))
+            return self.processed(list(images), self._squashing)
         return torch.cat([self._cut(image, tokens) for image, tokens in zip(images, image_tokens, strict=True)])
 
     def _cut(self, image: PIL.Image.Image, tokens: int) -> torch.Tensor:
@@ -62,6 +63,10 @@ class TiledImages(LlavaImages):
     @cached_property
     def _padding(self) -> BaseImageProcessor:
         return with_aspect_ratio(self.image_processor, "pad", self.config)
+
+    @cached_property
+    def _squashing(self) -> BaseImageProcessor:
+        return with_aspect_ratio(self.image_processor, "squash", self.config)
 
     def generation_inputs(self, rows: Sequence[Sequence[PIL.Image.Image]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         sizes = torch.tensor([(image.height, image.width) for row in rows for image in row])
@@ -78,11 +83,33 @@ class NextImages(TiledImages):
 
 
 class OnevisionImages(TiledImages):
-    """LLaVA-OneVision."""
+    """LLaVA-OneVision, which sees a video as one medium: the pooled features of its frames, and a newline. The number of tokens tells a frame from an image."""
 
     @cached_property
     def tiles(self) -> Tiles:  # type: ignore[override]
         return onevision_tiles(self.config)
+
+    @property
+    def video_token_id(self) -> int:
+        return int(self.config.video_token_id)
+
+    def video_tokens(self, num_frames: int) -> list[int]:
+        return [self.tiles.frame_tokens] * (num_frames - 1) + [self.tiles.frame_tokens + 1]
+
+    def videos(self, image_tokens: Sequence[int]) -> list[range]:
+        found, start = [], 0
+        for end, tokens in enumerate(image_tokens, 1):
+            if tokens == self.tiles.frame_tokens + 1:
+                found.append(range(start, end))
+            if tokens != self.tiles.frame_tokens:
+                start = end
+        return found
+
+    def ids(self, tokens: int) -> Sequence[int]:
+        return [self.video_token_id] * tokens if self.tiles.is_frame(tokens) else super().ids(tokens)
+
+    def _cut(self, image: PIL.Image.Image, tokens: int) -> torch.Tensor:
+        return self.processed([image], self._squashing) if self.tiles.is_frame(tokens) else super()._cut(image, tokens)
 
 
 def with_aspect_ratio(image_processor: BaseImageProcessor, image_aspect_ratio: str, config: PretrainedConfig) -> BaseImageProcessor:
@@ -249,16 +276,25 @@ def onevision_processor(config: PretrainedConfig) -> dict[str, Any]:
     return {"vision_feature_select_strategy": strategy, "num_image_tokens": tokens, "vision_aspect_ratio": config.vision_aspect_ratio}
 
 
-def next_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids) -> list[torch.Tensor]:
+def next_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]) -> list[torch.Tensor]:
     """See `Tiling.assemble`."""
     strategy = model.config.vision_feature_select_strategy
     return model.pack_image_features(features, image_sizes, vision_feature_select_strategy=strategy, image_newline=model.image_newline)[0]
 
 
-def onevision_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids) -> list[torch.Tensor]:
-    """See `Tiling.assemble`."""
-    most = model.config.vision_aspect_ratio
-    return model.pack_image_features(features, image_sizes, image_newline=model.image_newline, vision_aspect_ratio=most)[0]
+def onevision_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]) -> list[torch.Tensor]:
+    """See `Tiling.assemble`; of videos as in `get_video_features` of transformers."""
+    tiles, most, newline = onevision_tiles(model.config), model.config.vision_aspect_ratio, model.image_newline
+    rows: list[torch.Tensor] = []
+    for are_frames, group in groupby(range(len(features)), key=lambda number: tiles.is_frame(image_tokens[number])):
+        numbers = list(group)
+        chosen = [features[number] for number in numbers]
+        if are_frames:
+            rows += model.apply_pooling(torch.cat(chosen))
+        else:
+            sizes = [image_sizes[number] for number in numbers]
+            rows += model.pack_image_features(chosen, sizes, image_newline=newline, vision_aspect_ratio=most)[0]
+    return [torch.cat((row, newline[None].to(row))) if tokens == tiles.frame_tokens + 1 else row for row, tokens in zip(rows, image_tokens, strict=True)]
 
 
 def square_patches(config: PretrainedConfig) -> int:

@@ -158,7 +158,8 @@ def load_processing(
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
         images = family.images(config, image_processor, tokenizer)
         images.bound(min_pixels, max_pixels)
-        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, image_text=images.text, **prompt)
+        prompt |= {"image_text": images.text, "video_token_id": images.video_token_id}
+        template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, **prompt)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return Processing(tokenizer, image_processor, template, config)

@@ -10,6 +10,7 @@ import torch
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from interlace.data.batch import Collator, FindFeatures
+from interlace.data.lengths import VideoTokens
 from interlace.data.template import ChatTemplate
 from interlace.model.families import family_of
 from interlace.model.images import Images
@@ -38,6 +39,11 @@ class Processing:
         return self.images.row_tokens(sizes)
 
     @property
+    def video_tokens(self) -> VideoTokens | None:
+        """Number of frames of a video -> number of tokens of each, if the model sees it as one medium; None: its frames are images."""
+        return None if self.images.video_token_id is None else self.images.video_tokens
+
+    @property
     def image_settings(self) -> str:
         """Names what the numbers of image tokens depend on."""
         return self.images.settings
@@ -61,10 +67,12 @@ class Processing:
         """What makes batches of rows; see there."""
         images = self.images
         grid = images.grid if images.has_grids else None
-        return Collator(self.process_images, self.config.image_token_id, share_prefix, features, images.ids, grid)
+        return Collator(self.process_images, self.config.image_token_id, share_prefix, features, images.ids, grid, images.video_token_id)
 
     def processor_settings(self) -> dict[str, Any]:
         """The contents of `processor_config.json`, which tell transformers how to count image tokens."""
         family = family_of(self.config)
-        token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        return {"image_token": token, "processor_class": family.processor, **family.processor_settings(self.config)}
+        tokens = {"image_token": self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)}
+        if self.template.video_text is not None:
+            tokens["video_token"] = self.template.video_text
+        return {**tokens, "processor_class": family.processor, **family.processor_settings(self.config)}

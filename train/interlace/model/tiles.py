@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 
 import torch
 from transformers import PretrainedConfig
@@ -21,7 +21,8 @@ class Tiles:
 
     pinpoints: the resolutions, [height, width] in pixels. pixels: side of a tile. patches: how many lie along that side.
     most: a picture of more than this many tiles is scaled down to them (LLaVA-OneVision's anyres_max_N); None: never.
-    single: only a row's single image is cut (LLaVA-OneVision); each of several is padded to a square and one tile, with one newline feature.
+    single: only a row's single image is cut (LLaVA-OneVision); each of several is padded to a square and one tile, with one newline feature. A frame of a
+    video is stretched to one tile, whose features are pooled two by two, and one newline feature ends the video.
     """
 
     pinpoints: list[list[int]]
@@ -52,9 +53,18 @@ class Tiles:
                 rows, columns = int(rows // ratio), int(columns // ratio)
         return self.patches**2 + rows * (columns + 1)
 
+    @property
+    def frame_tokens(self) -> int:
+        """Number of tokens of a frame of a video; the last one has the newline besides."""
+        return ceil(self.patches / 2) ** 2
+
+    def is_frame(self, tokens: int) -> bool:
+        """Whether what has this many tokens is a frame of a video: images have more."""
+        return self.single and tokens <= self.frame_tokens + 1
+
     def is_cut(self, tokens: int) -> bool:
         """Whether an image that has this many tokens is cut; no size of a cut image leads to the number of an uncut one."""
-        return not self.single or tokens != self.uncut_tokens
+        return not self.single or not (tokens == self.uncut_tokens or self.is_frame(tokens))
 
     def count(self, size: tuple[int, int], tokens: int) -> int:
         """Number of tiles of an image of this (height, width) that has this many tokens, the whole image among them."""

@@ -92,6 +92,7 @@ def row_reader(arguments: Arguments, processing: Processing, kind: Kind = "super
         image_settings=processing.image_settings,
         kept=MediaFolder(cache_dir / "media", urls),
         kind=kind,
+        video_tokens=processing.video_tokens,
         **{name: arguments[name] for name in names},
     )
 
