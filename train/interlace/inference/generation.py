@@ -118,10 +118,11 @@ class Generator:
             torch.accelerator.empty_cache()
 
     def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], tuple[Place, ...]]:
-        """The trunk of all prompts; nothing for one prompt, for different trunks, and for models whose positions tell rows and columns: `generate` computes
-        those from whole prompts."""
+        """The trunk of all prompts; nothing for one prompt, for different trunks, for models whose positions tell rows and columns: `generate` computes
+        those from whole prompts; and for sliding windows: `generate` would count the padding behind the trunk."""
         first = prompts[0].trunk
-        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids
+        has_windows = getattr(self.processing.config.get_text_config(), "sliding_window", None) is not None
+        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids and not has_windows
         return first if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], ())
 
     def _prefilled(self, trunk: Sequence[int], images: Sequence[Place], rows: int) -> DynamicCache:
