@@ -1,6 +1,7 @@
 """Segment attention: a token attends to the earlier tokens of its own segment and to all tokens of its ancestors.
 
-A layer with a sliding window leaves out what lies farther back along that path than its window.
+A layer with a sliding window leaves out what lies farther back along that path than its window. Of some models the tokens of an image attend to the later
+ones of that image, too.
 
 One function per backend; `interface` gives it the signature of transformers' attention functions, where the `Forest` arrives as the keyword `segments`.
 `attention_kernels` holds those that need a GPU.
@@ -49,14 +50,22 @@ def window_of(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
-def dense_mask(segments: Sequence[Segment], length: int, window: int | None = None) -> torch.Tensor:
-    """The rule as a (length, length) boolean mask, True = attend; for tests and for backends that want a mask."""
+def runs_of(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """(length,) which run of neighbours among some ascending positions each place is in; -1 for none. Nothing is asked of a GPU."""
+    is_first = torch.cat([positions.new_ones(1), (positions.diff() != 1).long()])
+    return torch.full((length,), -1, device=positions.device).index_copy(0, positions, is_first.cumsum(0) - 1)
+
+
+def dense_mask(segments: Sequence[Segment], length: int, window: int | None = None, image_of: torch.Tensor | None = None) -> torch.Tensor:
+    """The rule as a (length, length) boolean mask, True = attend; for tests and for backends that want a mask. Arguments as of `Forest`."""
     mask = torch.zeros(length, length, dtype=torch.bool)
     for number, segment in enumerate(segments):
         path = [place for other in ancestors(segments, number) for place in range(segments[other].start, segments[other].end)]
         for place in range(segment.start, segment.end):
-            before = path[: path.index(place) + 1]
-            mask[place, before if window is None else before[-window:]] = True
+            own = path.index(place)
+            mask[place, path[: own + 1] if window is None else path[max(0, own + 1 - window) : own + 1]] = True
+            if image_of is not None and image_of[place] >= 0:
+                mask[place, place:] |= image_of[place:].cpu() == image_of[place].cpu()
     return mask
 
 
@@ -84,10 +93,18 @@ class Forest:
         segments: cover the batch's T tokens without gaps.
         rows: the distinct positions that the last layer is asked for; None for all.
         window: how many tokens a token attends to at most, itself included, counted along its path; None for all.
+        image_of: (T,) which image each token is a part of, -1 for none, where its tokens attend to each other in both directions; it lies in one segment.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device, rows: torch.Tensor | None = None, window: int | None = None):
-        self.segments, self.device, self.rows, self.window = tuple(segments), device, rows, window
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        device: torch.device,
+        rows: torch.Tensor | None = None,
+        window: int | None = None,
+        image_of: torch.Tensor | None = None,
+    ):
+        self.segments, self.device, self.rows, self.window, self.image_of = tuple(segments), device, rows, window, image_of
         self._windows: dict[int, Forest] = {}
         self._masks: dict[int, torch.Tensor] = {}
 
@@ -96,7 +113,7 @@ class Forest:
         if window is None or window >= self.longest_path:
             return self
         if window not in self._windows:
-            self._windows[window] = Forest(self.segments, self.device, self.rows, window)
+            self._windows[window] = Forest(self.segments, self.device, self.rows, window, self.image_of)
         return self._windows[window]
 
     @cached_property
@@ -107,14 +124,18 @@ class Forest:
     @property
     def is_causal(self) -> bool:
         """Whether a token sees all tokens before it on its path, and no others."""
-        return self.window is None
+        return self.window is None and self.image_of is None
 
     def mask(self, number: int) -> torch.Tensor:
         """(tokens of a segment, tokens of its path): which of them attend to which."""
         if number not in self._masks:
             segment, path = self.segments[number], torch.arange(sum(end - start for start, end in self._path(number)), device=self.device)
             back = path[segment.start - segment.end :, None] - path
-            self._masks[number] = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
+            seen = back >= 0
+            if self.image_of is not None:
+                own = self.image_of[segment.start : segment.end]
+                seen[:, segment.start - segment.end :] |= (own[:, None] == own) & (own >= 0)
+            self._masks[number] = seen if self.window is None else seen & (back < self.window)
         return self._masks[number]
 
     @cached_property
@@ -149,7 +170,7 @@ class Forest:
         """The rule as FlexAttention wants it."""
         of = torch.repeat_interleave(torch.tensor([segment.end - segment.start for segment in self.segments])).to(self.device)
         starts = torch.tensor([depth - segment.start for depth, segment in zip(depths(self.segments), self.segments, strict=True)], device=self.device)
-        place, window = torch.arange(len(of), device=self.device) + starts[of], self.window
+        place, window, image_of = torch.arange(len(of), device=self.device) + starts[of], self.window, self.image_of
         sees = torch.zeros(len(self.segments), len(self.segments), dtype=torch.bool)
         for number in range(len(self.segments)):
             sees[number, ancestors(self.segments, number)] = True
@@ -157,6 +178,8 @@ class Forest:
 
         def rule(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             seen = (query >= key) & sees[of[query], of[key]]
+            if image_of is not None:
+                seen = seen | ((image_of[query] == image_of[key]) & (image_of[key] >= 0))
             return seen if window is None else seen & (place[query] - place[key] < window)
 
         return create_block_mask(rule, None, None, len(of), len(of), device=str(self.device), _compile=self.device.type == "cuda")
@@ -179,7 +202,7 @@ Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Forest, float, flo
 
 
 def sdpa_segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Forest, scale: float, dropout: float = 0.0) -> torch.Tensor:
-    """Scaled dot product attention per segment; root segments of equal length go in one call if no window cuts them. Runs on any device, needs no (T, T)
+    """Scaled dot product attention per segment; plain root segments of equal length go in one call. Runs on any device, needs no (T, T)
     mask. See `Backend`."""
     forest, grouped = segments.segments, query.shape[1] != key.shape[1]
     q, k, v = query[0], key[0], value[0]

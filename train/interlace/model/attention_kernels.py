@@ -9,11 +9,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from interlace.data.batch import Segment
 from interlace.errors import InputError
-from interlace.model.attention import Backend, Forest, Runs, dense_mask, register, sdpa_segments
+from interlace.model.attention import Backend, Forest, Runs, dense_mask, register, runs_of, sdpa_segments
 
 # A trunk with two leaves and a grandchild among rows of their own; tokens enough for several blocks of any kernel
 TRIAL = (Segment(0, 150), Segment(150, 400), Segment(400, 431, 1), Segment(431, 590, 1), Segment(590, 600, 3), Segment(600, 601), Segment(601, 777))
 TRIAL_WINDOW = 70  # less than a row of it, more than a leaf
+TRIAL_IMAGES = (range(7, 20), range(21, 130), range(160, 300), range(431, 440), range(650, 700))  # some longer than the window
 
 
 class FlashKernel:
@@ -110,6 +111,7 @@ def varlen_segments(
 ) -> torch.Tensor:
     """As `sdpa_segments`, by torch's flash attention over sequences of unequal length; 16-bit types on CUDA."""
     assert dropout == 0.0
+    _check_causal(segments)
     q, k, v = _packed(query, key, value)
     own, above = segments.own, segments.above
     if segments.window is not None and above is not None:  # it reaches as far up as a child's place lets it: the ancestors are copied in front of each child
@@ -131,6 +133,7 @@ def flash_segments(
 ) -> torch.Tensor:
     """As `sdpa_segments`, by `flash_attn_varlen_func` of the user's own FlashAttention 2 or 3; a child's ancestors are copied in front of it."""
     assert dropout == 0.0
+    _check_causal(segments)
     q, k, v = _packed(query, key, value)
     runs = segments.paths if segments.has_parents else segments.own
     if runs.keys is not None:
@@ -139,6 +142,11 @@ def flash_segments(
     out = function(q, k, v, runs.query_ends, runs.key_ends, runs.longest_query, runs.longest_key, softmax_scale=scale, causal=True, **window)
     found: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return found[None]
+
+
+def _check_causal(segments: Forest) -> None:
+    if segments.image_of is not None:
+        raise ValueError("no token can attend to a later one, as those of an image do in this model")
 
 
 def _packed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -182,14 +190,24 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-def problem(name: str, device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int, window: int | None = None) -> str | None:
+def problem(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window: int | None = None,
+    sees_whole_images: bool = False,
+) -> str | None:
     """Why a backend cannot be used for these shapes on this device: what it raises, or how far it is off the dense mask. None if it can.
 
     Args:
-        window: of a layer with a sliding window; see `Forest`.
+        window: of a layer with a sliding window; see `Forest`. sees_whole_images: see `Family`.
     """
     try:
-        function, forest, length = BACKENDS[name](), Forest(TRIAL, device).within(window), TRIAL[-1].end
+        image_of = runs_of(torch.tensor([place for image in TRIAL_IMAGES for place in image]), TRIAL[-1].end).to(device) if sees_whole_images else None
+        function, forest, length = BACKENDS[name](), Forest(TRIAL, device, image_of=image_of).within(window), TRIAL[-1].end
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(1, heads, length, head_size, generator=generator).to(device, dtype).requires_grad_()
@@ -199,7 +217,9 @@ def problem(name: str, device: torch.device, dtype: torch.dtype, num_heads: int,
         out = function(q, k, v, forest, head_size**-0.5, 0.0)
         found = (out, *torch.autograd.grad(out, (q, k, v), direction.to(dtype)))
         # in float64, which no setting makes less exact
-        expected = _naive(q.detach().double(), k.detach().double(), v.detach().double(), dense_mask(TRIAL, length, window).to(device), direction.double())
+        expected = _naive(
+            q.detach().double(), k.detach().double(), v.detach().double(), dense_mask(TRIAL, length, window, image_of).to(device), direction.double()
+        )
     except (RuntimeError, ImportError, TypeError, AttributeError, ValueError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     allowed = 2e-2 if dtype is torch.bfloat16 else 5e-3 if dtype is torch.float16 else 1e-4
@@ -215,20 +235,29 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return out.detach(), *torch.autograd.grad(out, (q, k, v), direction)
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int, has_windows: bool = False) -> str:
+def choose(
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    has_windows: bool = False,
+    sees_whole_images: bool = False,
+) -> str:
     """The backend for `attention`: on the CPU per-segment SDPA; on a GPU the first that gives the dense mask's results there.
 
     Args:
-        has_windows: some layers attend to a sliding window; it is tried with one, too.
+        has_windows: some layers attend to a sliding window; it is tried with one, too. sees_whole_images: see `Family`; it is tried with images.
 
     Raises:
         InputError: the one that was asked for does not; says which would.
     """
 
     def why_not(name: str) -> str | None:
-        found = problem(name, device, dtype, num_heads, num_kv_heads, head_size)
+        found = problem(name, device, dtype, num_heads, num_kv_heads, head_size, None, sees_whole_images)
         if found is None and has_windows:
-            found = problem(name, device, dtype, num_heads, num_kv_heads, head_size, TRIAL_WINDOW)
+            found = problem(name, device, dtype, num_heads, num_kv_heads, head_size, TRIAL_WINDOW, sees_whole_images)
             found = found and f"with the model's sliding window, {found}"
         return found
 

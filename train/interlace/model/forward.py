@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from interlace.data.batch import PackedBatch, Segment
 from interlace.errors import InputError
-from interlace.model.attention import Forest, window_of
+from interlace.model.attention import Forest, runs_of, window_of
 from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
 from interlace.model.features import FeatureCache
@@ -172,7 +172,8 @@ class PackedModel(nn.Module):
             first, *deeper = filled.split(embeddings.shape[-1], dim=-1)
             embeddings = embeddings.index_copy(1, image_positions, first[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
-        forest = Forest(segments, embeddings.device, rows if self.is_trimmed else None)
+        image_of = runs_of(image_positions, embeddings.shape[1]) if self.family.sees_whole_images and len(image_positions) else None
+        forest = Forest(segments, embeddings.device, rows if self.is_trimmed else None, image_of=image_of)
         with _added_behind(self._layers, deeper, image_positions):
             output = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest)
         hidden = output.last_hidden_state[0] if self.is_trimmed else output.last_hidden_state[0, rows]
