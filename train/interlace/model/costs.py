@@ -7,6 +7,7 @@ without the recomputation inside fused kernels.
 Of the last layer all tokens pass the keys and values only, where `last_layer` knows it; the rest is counted for the rows that are scored.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -102,7 +103,7 @@ class StepCosts:
     """The costs of the parts: of the tower and the projector per tile, of the tower's attention over whole images per pair of tiles, of the language model's
     layers per token, and per pair in those that see all and in those with a sliding window, of the last layer and `lm_head` per row.
 
-    window: tokens that the latter see; None where there are none.
+    window: tokens that layers with a sliding window see; None where there are none. image_attention: per tile, of its tokens' attention to later ones of it.
     """
 
     vision_tower: Cost
@@ -113,15 +114,17 @@ class StepCosts:
     last_layer: Cost
     lm_head: Cost
     near_attention: Cost = Cost()
+    image_attention: Cost = Cost()
     window: int | None = None
 
     def parts(self, shape: BatchShape) -> dict[str, Cost]:
         """part -> its cost in a micro-batch, forward and backward."""
+        near = self.near_attention.times(shape.num_near_pairs) + self.image_attention.times(shape.num_images)
         return {
             "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached) + self.vision_attention.times(shape.num_tile_pairs),
             "projector": self.projector.times(shape.num_images),
             "language_model": self.language_model.times(shape.num_tokens) + self.last_layer.times(shape.num_rows),
-            "attention": self.attention.times(shape.num_pairs) + self.near_attention.times(shape.num_near_pairs),
+            "attention": self.attention.times(shape.num_pairs) + near,
             "lm_head": self.lm_head.times(shape.num_rows),
         }
 
@@ -168,9 +171,10 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
             layers += cost
         cost = _attention(width, attention_learns, checkpointing)
         pairs, near = (pairs + cost, near) if window_of(layer.self_attn) is None else (pairs, near + cost)
+    ahead = (pairs + near).times(math.comb(family.tokens_per_tile(config), 2) * family.sees_whole_images)
     head = base.get_output_embeddings().weight
     row = Cost(2.0 * head.numel(), 2.0 * head.numel() * (int(learns) + int(head.requires_grad)))
-    return StepCosts(vision, vision_pairs, projector, layers, pairs, last, row, near, tuned.packed.window)
+    return StepCosts(vision, vision_pairs, projector, layers, pairs, last, row, near, ahead, tuned.packed.window)
 
 
 def _tower_cost(tower: nn.Module, config: PretrainedConfig, family: Family, checkpointing: bool) -> tuple[Cost, Cost, bool]:
@@ -207,7 +211,7 @@ def _projector_cost(model: Any, config: PretrainedConfig, family: Family, below:
         part = model.get_submodule(name)
         others = [module for module in part.modules() if not isinstance(module, nn.Linear)]  # a norm, which stands in front of all
         norm_learns = any(parameter.requires_grad for module in others for parameter in module.parameters(recurse=False))
-        cost, learned = _sum(_linears(part, below or norm_learns), recomputed=False)
+        cost, learned = _sum([*_linears(part, below or norm_learns), *_products(part, below or norm_learns)], recomputed=False)
         total, learns = total + cost, learns or learned
     return total.times(family.tokens_per_tile(config)), learns
 
@@ -235,6 +239,15 @@ def _linears(module: nn.Module, below: bool) -> Iterator[tuple[str, float, bool,
             learns = layer.weight.requires_grad
             yield name, 2.0 * layer.in_features * layer.out_features, learns, reached or (learns and "lora_B" in name.split("."))
             below = below or learns
+
+
+def _products(module: nn.Module, below: bool) -> Iterator[tuple[str, float, bool, bool]]:
+    """The same of matrices that stand in no layer of their own (Gemma 3's projector)."""
+    for name, inner in module.named_modules():
+        if not isinstance(inner, nn.Linear) and "original_module" not in name.split("."):
+            for own, weight in inner.named_parameters(recurse=False):
+                if weight.ndim == 2:
+                    yield f"{name}.{own}", 2.0 * weight.numel(), weight.requires_grad, below
 
 
 def _sum(linears: Iterable[tuple[str, float, bool, bool]], recomputed: bool, ends: bool = True) -> tuple[Cost, bool]:
