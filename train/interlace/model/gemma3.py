@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor, PretrainedConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from interlace.errors import InputError
 from interlace.model.images import Images
@@ -76,9 +77,18 @@ def gemma3_features(config: PretrainedConfig, tower: Any, pixel_values: torch.Te
 
 
 def gemma3_project(model: Any, features: torch.Tensor) -> torch.Tensor:
-    """See `Family.project`: the rest of the projector."""
-    projector = model.multi_modal_projector
-    return torch.matmul(projector.mm_soft_emb_norm(features), projector.mm_input_projection_weight).type_as(features)
+    """See `Family.project`: the projector without its averages. It is called as a whole, since engines that slice weights gather them around that call."""
+    called = model.multi_modal_projector
+    projectors = [module for module in called.modules() if isinstance(module, Gemma3MultiModalProjector)]  # beside an adapter two, a frozen and a learning one
+    averages, patches = projectors[0].avg_pool, projectors[0].patches_per_image
+    try:
+        for projector in projectors:
+            projector.avg_pool, projector.patches_per_image = nn.Identity(), isqrt(features.shape[1])
+        projected: torch.Tensor = called(features)
+    finally:
+        for projector in projectors:
+            projector.avg_pool, projector.patches_per_image = averages, patches
+    return projected
 
 
 def image_tokens(config: PretrainedConfig) -> int:
