@@ -79,7 +79,9 @@ def gemma3_features(config: PretrainedConfig, tower: Any, pixel_values: torch.Te
 def gemma3_project(model: Any, features: torch.Tensor) -> torch.Tensor:
     """See `Family.project`: the projector without its averages. It is called as a whole, since engines that slice weights gather them around that call."""
     called = model.multi_modal_projector
-    projectors = [module for module in called.modules() if isinstance(module, Gemma3MultiModalProjector)]  # beside an adapter two, a frozen and a learning one
+    projectors: list[Any] = [
+        module for module in called.modules() if isinstance(module, Gemma3MultiModalProjector)
+    ]  # beside an adapter two, a frozen and a learning one
     averages, patches = projectors[0].avg_pool, projectors[0].patches_per_image
     try:
         for projector in projectors:
