@@ -2,17 +2,31 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    GemmaTokenizer,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+)
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from interlace.data.batch import Segment
 from interlace.data.sample import BadRow, Image, Sample, Text, Turn
+from interlace.data.template import ChatTemplate
 from interlace.errors import InputError
 from interlace.model.attention import Forest, dense_mask, interface, runs_of
 from interlace.model.attention_kernels import TRIAL_WINDOW, choose, flex_segments, problem, varlen_segments
@@ -22,7 +36,7 @@ from interlace.model.gemma3 import check_gemma3
 from interlace.model.loading import load_model, load_processing
 from interlace.model.processing import Processing
 from interlace.model.tuning import tune
-from tests.small_families import collate, library_log_probs, library_processor, make_model, make_pictures, make_row
+from tests.small_families import GEMMA_NAMES, collate, gemma3, library_log_probs, make_model, make_pictures, make_row
 from tests.test_attention import CPU, FORESTS, FUNCTIONS, draw
 from tests.test_windows import naive
 
@@ -161,30 +175,69 @@ def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
     return [{"role": turn.role, "content": content} for turn, content in zip(turns, parts, strict=True)]
 
 
-def written(processing: Processing, folder: Path, text: str) -> list[int]:
-    """A rendered template's ids, as the processor writes images."""
-    processor = library_processor(folder)
-    expanded = text.replace(processor.boi_token, processor.full_image_sequence)
-    ids: list[int] = processing.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-    return ids
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """As the tiny model's: bytes, and merges of the demo's."""
+    return gemma3()[2]
 
 
-def ids_of(processing: Processing, ids: Any) -> list[int]:
-    image, config = processing.config.image_token_id, processing.config
-    return [token for single in ids for token in (processing.images.ids(config.mm_tokens_per_image + 2) if single == image else [single])]
+def gemma_tokenizer() -> PreTrainedTokenizerBase:
+    """Of Gemma's own class, with a small vocabulary: spaces as underlines, no space put before a text, runs of line breaks as tokens of their own."""
+    merges = [("▁", "t"), ("t", "h"), ("▁t", "h"), ("u", "s"), ("e", "r"), ("us", "er"), ("e", "l"), ("o", "n"), ("m", "o"), ("d", "el"), ("mo", "del")]
+    parts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{n:02X}>" for n in range(256)), "▁", "\n", *"abcdefghijklmnopqrstuvwxyzBDTW.:?()"]
+    vocabulary = {part: number for number, part in enumerate([*parts, *("".join(pair) for pair in merges)])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=GEMMA_NAMES)
+    tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("\n" * count, normalized=False) for count in range(2, 8)])
+    return tokenizer
+
+
+class Written:
+    """Both sides for one tokenizer: our template, and Google's with transformers' processor. Images of 16 tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None):
+        self.tokenizer, image = tokenizer, tokenizer.convert_tokens_to_ids("<image_soft_token>")
+        self.template = ChatTemplate(tokenizer, image, system_prompt, prompt_style="gemma", image_text="<start_of_image>")
+        self.processor = Gemma3Processor(Gemma3ImageProcessorPil(), tokenizer, image_seq_length=16)
+        boi, eoi = tokenizer.convert_tokens_to_ids(["<start_of_image>", "<end_of_image>"])
+        self.images = {image: [boi, *[image] * 16, eoi]}
+
+    def expanded(self, ids: Iterable[int]) -> list[int]:
+        return [token for single in ids for token in self.images.get(single, [single])]
+
+    def rendered(self, messages: list[dict[str, Any]], template: str | None = None, asks: bool = False) -> str:
+        """By a template, ours without one."""
+        template = template or self.template.jinja()
+        text: str = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=asks)  # type: ignore[assignment]
+        return text
+
+    def ids_of(self, text: str) -> list[int]:
+        """A rendered template's ids, as the processor writes images."""
+        whole = text.replace(self.processor.boi_token, self.processor.full_image_sequence)
+        ids: list[int] = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+@pytest.fixture(scope="module", params=[byte_tokenizer, gemma_tokenizer])
+def both(request: pytest.FixtureRequest) -> Written:
+    return Written(request.param())
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_are_those_of_the_official_template_and_processor(folder: Path, name: str) -> None:
-    processing, turns = load_processing(str(folder)), CONVERSATIONS[name]
+def test_ids_are_those_of_the_official_template_and_processor(both: Written, name: str) -> None:
+    turns = CONVERSATIONS[name]
     messages = messages_of(turns)
-    encoded = processing.template.encode(Sample(tuple(turns)))
-    official = processing.tokenizer.apply_chat_template(messages, chat_template=OFFICIAL, tokenize=False)
-    assert processing.tokenizer.apply_chat_template(messages, tokenize=False) == official
-    assert ids_of(processing, encoded.input_ids.tolist()) == written(processing, folder, official)
-    prompt = processing.tokenizer.apply_chat_template(messages[:-1], chat_template=OFFICIAL, tokenize=False, add_generation_prompt=True)
-    assert processing.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True) == prompt
-    assert ids_of(processing, processing.template.encode_prompt(turns[:-1])) == written(processing, folder, prompt)
+    official, prompt = both.rendered(messages, OFFICIAL), both.rendered(messages[:-1], OFFICIAL, asks=True)
+    assert (both.rendered(messages), both.rendered(messages[:-1], asks=True)) == (official, prompt)
+    assert both.expanded(both.template.encode(Sample(tuple(turns))).input_ids.tolist()) == both.ids_of(official)
+    assert both.expanded(both.template.encode_prompt(turns[:-1])) == both.ids_of(prompt)
+
+
+def test_ids_by_hand() -> None:
+    both = Written(gemma_tokenizer())
+    ids = both.template.encode(Sample((turn("system", "B"), turn("user", "@", " the? "), turn("assistant", " x\n")))).input_ids.tolist()
+    tokens = both.tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[:9] == ["<bos>", "<start_of_turn>", "user", "\n", "B", "\n\n\n\n", "<image_soft_token>", "\n\n", "th"]
+    assert tokens[9:] == ["e", "?", "<end_of_turn>", "\n", "<start_of_turn>", "model", "\n", "x", "<end_of_turn>", "\n"]
 
 
 def test_answers_and_what_ends_them_are_learned(folder: Path) -> None:
@@ -195,13 +248,11 @@ def test_answers_and_what_ends_them_are_learned(folder: Path) -> None:
     assert processing.template.end == processing.tokenizer.convert_tokens_to_ids("<end_of_turn>")
 
 
-def test_a_system_prompt_by_argument_stands_before_the_first_question(folder: Path) -> None:
-    processing = load_processing(str(folder), system_prompt="Be brief.")
-    turns = CONVERSATIONS["image in front"]
-    with_turn = load_processing(str(folder)).template.encode(Sample((turn("system", "Be brief."), *turns)))
-    assert processing.template.encode(Sample(tuple(turns))).input_ids.tolist() == with_turn.input_ids.tolist()
-    rendered = processing.tokenizer.apply_chat_template(messages_of(turns), chat_template=processing.template.jinja(), tokenize=False)
-    assert ids_of(processing, with_turn.input_ids.tolist()) == written(processing, folder, rendered)
+def test_a_system_prompt_by_argument_stands_before_the_first_question() -> None:
+    both, turns = Written(byte_tokenizer(), "Be brief."), CONVERSATIONS["image in front"]
+    official = both.rendered(messages_of([turn("system", "Be brief."), *turns]), OFFICIAL)
+    assert both.rendered(messages_of(turns)) == official
+    assert both.expanded(both.template.encode(Sample(tuple(turns))).input_ids.tolist()) == both.ids_of(official)
 
 
 def test_a_system_turn_without_a_question_behind_it_has_no_form(folder: Path) -> None:
