@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForImageTextToText,
+    Gemma2Config,
     LlavaForConditionalGeneration,
     MistralConfig,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from interlace.model import attention_kernels
 from interlace.model.attention import Backend, Forest, dense_mask, interface, window_of
 from interlace.model.attention_kernels import BACKENDS, choose, flash_segments, flex_segments, problem
 from interlace.model.costs import attended_pairs, path_pairs, shape_of, step_costs
+from interlace.model.forward import PackedModel
 from interlace.model.loading import load_model
 from interlace.model.processing import Processing
 from interlace.model.saving import save_model, save_processing
@@ -267,6 +269,14 @@ def test_answers_of_prompts_with_one_trunk_are_those_of_each_alone(folders: dict
     assert trunk > WINDOW / 2
     shared = [dataclasses.replace(prompt, trunk_length=trunk) for prompt in prompts]
     assert generator.answer(shared, 8) == [generator.answer([prompt], 8)[0] for prompt in prompts]
+
+
+def test_capped_scores_are_refused(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gemma 2 in a LLaVA: its windows would be honoured, but not what it does to the scores."""
+    config = tiny_config(demo_tokenizer)
+    config.text_config = Gemma2Config(**TEXT, num_hidden_layers=2, head_dim=8, vocab_size=len(demo_tokenizer), attn_logit_softcapping=50.0)
+    with pytest.raises(InputError, match=r"attn_logit_softcapping: .* packed attention does not do"):
+        PackedModel(LlavaForConditionalGeneration(config))
 
 
 # --- costs ---
