@@ -202,7 +202,7 @@ Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Forest, float, flo
 
 
 def sdpa_segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Forest, scale: float, dropout: float = 0.0) -> torch.Tensor:
-    """Scaled dot product attention per segment; plain root segments of equal length go in one call. Runs on any device, needs no (T, T)
+    """Scaled dot product attention per segment; root segments of equal length go in one call where attention is causal. Runs on any device, needs no (T, T)
     mask. See `Backend`."""
     forest, grouped = segments.segments, query.shape[1] != key.shape[1]
     q, k, v = query[0], key[0], value[0]
