@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -111,12 +115,33 @@ def smolvlm() -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]:
     return SmolVLMForConditionalGeneration(config), images, tokenizer
 
 
+GEMMA_NAMES = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+
+
+def gemma3() -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]:
+    """Two kinds of layers; images of 16 tokens, which is more than a window. As in its own tokenizer, line breaks in a row are one token."""
+    tokenizer, ids = tokenizer_with("<bos>", "<start_of_turn>", "<end_of_turn>", *GEMMA_NAMES.values(), bos_token="<bos>", extra_special_tokens=GEMMA_NAMES)
+    tokenizer.add_tokens(["\n" * count for count in range(2, 8)])
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 128, "patch_size": 16}
+    text = {**TEXT, "vocab_size": len(tokenizer), "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 11, "pad_token_id": 0}
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "bos_token_id": ids["<bos>"], "eos_token_id": ids["<end_of_turn>"]}
+    names = ("boi_token_index", "eoi_token_index", "image_token_index")
+    numbers = dict(zip(names, (ids[token] for token in GEMMA_NAMES.values()), strict=True))
+    config = Gemma3Config(vision_config={**vision, "vision_use_head": False}, text_config=text, mm_tokens_per_image=16, **numbers)
+    model = Gemma3ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "mm_input_projection_weight" in name or "norm.weight" in name:  # these start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, Gemma3ImageProcessorPil(size={"height": 128, "width": 128}), tokenizer
+
+
 SMALL: dict[str, Callable[[], tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
 }
 PROCESSORS: dict[str, Any] = {
     "qwen2_vl": Qwen2VLProcessor,
@@ -124,6 +149,7 @@ PROCESSORS: dict[str, Any] = {
     "qwen3_vl": Qwen3VLProcessor,
     "internvl": InternVLProcessor,
     "smolvlm": SmolVLMProcessor,
+    "gemma3": Gemma3Processor,
 }
 OPTIONS: dict[str, Any] = {"internvl": {"crop_to_patches": True}, "smolvlm": {"return_row_col_info": True}}  # as their processors ask for images
 
@@ -185,6 +211,8 @@ def library_processor(folder: Path) -> Any:
         processor.start_image_token, processor.end_image_token = processing.tokenizer.start_image_token, processing.tokenizer.end_image_token
     if kind is SmolVLMProcessor:
         processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
+    if kind is Gemma3Processor:
+        processor = Gemma3Processor(processing.image_processor, processing.tokenizer, image_seq_length=settings["image_seq_length"])
     return processor
 
 
@@ -209,11 +237,19 @@ def library_ids(folder: Path, pictures: Path, number: int, names: Sequence[str])
     return ids
 
 
+def library_arguments(model: Any, folder: Path, images: Sequence[PIL.Image.Image], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arguments of the model's own forward for one row's images, beside its ids."""
+    inputs = library_inputs(folder, images)
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    if "num_crops" in inputs:
+        inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
+    return {name: values for name, values in inputs.items() if name not in ("num_patches", "rows", "cols", "num_crops")}
+
+
 def library_log_probs(model: Any, folder: Path, row: Row) -> torch.Tensor:
     """Full logits of one row by the model's own forward."""
-    batch, inputs = collate(folder, [row]), library_inputs(folder, opened(row))
-    if "image_grid_thw" in inputs:
-        inputs["mm_token_type_ids"] = (batch.input_ids == model.config.image_token_id).int()
-    known = {name: values for name, values in inputs.items() if name not in ("num_patches", "rows", "cols")}
+    batch = collate(folder, [row])
+    known = library_arguments(model, folder, opened(row), batch.input_ids)
     logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), **known).logits[0]
     return F.log_softmax(logits.float(), -1)[batch.rows[batch.row_index], batch.targets]

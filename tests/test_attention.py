@@ -25,10 +25,13 @@ CPU = torch.device("cpu")
 class NaiveKernel(FlashKernel):
     """Attention over packed sequences by plain products, its backward pass from a given output and log-sum-exp as flash attention computes it."""
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:
+    def scores(self, q: torch.Tensor, k: torch.Tensor, is_causal: bool, scale: float, window: int | None = None) -> torch.Tensor:
         found = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
         if is_causal:
             found = found.masked_fill(~torch.ones(found.shape[1:], dtype=torch.bool).tril(found.shape[2] - found.shape[1]), float("-inf"))
+        if window is not None:  # aligned to the bottom right, too
+            assert is_causal
+            found = found.masked_fill(torch.ones(found.shape[1:], dtype=torch.bool).tril(found.shape[2] - found.shape[1] - window), float("-inf"))
         return found
 
     def sequences(self, runs: Runs) -> list[tuple[slice, slice]]:
@@ -40,7 +43,7 @@ class NaiveKernel(FlashKernel):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Runs, is_causal: bool, scale: float) -> Any:
         out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0], dtype=q.dtype)
         for queries, keys in self.sequences(runs):
-            scores = self.scores(q[queries], k[keys], is_causal, scale)
+            scores = self.scores(q[queries], k[keys], is_causal, scale, runs.window)
             lse[:, queries] = scores.logsumexp(2)
             out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(2), v[keys].repeat_interleave(q.shape[1] // v.shape[1], 1))
         return out, lse, ("extra",)
@@ -50,7 +53,7 @@ class NaiveKernel(FlashKernel):
         repeat = q.shape[1] // k.shape[1]
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for queries, keys in self.sequences(runs):
-            p = (self.scores(q[queries], k[keys], is_causal, scale) - lse[:, queries, None]).exp()
+            p = (self.scores(q[queries], k[keys], is_causal, scale, runs.window) - lse[:, queries, None]).exp()
             wide_k, wide_v = (x[keys].repeat_interleave(repeat, 1) for x in (k, v))
             ds = p * (torch.einsum("qhd,khd->hqk", gradient[queries], wide_v) - (gradient[queries] * out[queries]).sum(2).T[..., None]) * scale
             dq[queries] += torch.einsum("hqk,khd->qhd", ds, wide_k)
@@ -59,13 +62,16 @@ class NaiveKernel(FlashKernel):
         return dq, dk, dv
 
 
-def naive_flash_attn(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: float | None, causal: bool) -> torch.Tensor:
-    """`flash_attn_varlen_func` as its documentation describes it: the causal mask is aligned to the bottom right."""
-    assert causal
+def naive_flash_attn(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, softmax_scale: float | None, causal: bool, window_size: Any = (-1, -1)
+) -> torch.Tensor:
+    """`flash_attn_varlen_func` as its documentation describes it: the causal mask is aligned to the bottom right, a window of (left, right) besides it."""
+    assert causal and window_size[1] <= 0
+    window = None if window_size[0] < 0 else window_size[0] + 1
     runs = Runs(None, None, cu_q, cu_k, max_q, max_k)
     pieces = []
     for queries, keys in NaiveKernel().sequences(runs):
-        scores = NaiveKernel().scores(q[queries], k[keys], True, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+        scores = NaiveKernel().scores(q[queries], k[keys], True, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, window)
         pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(2), v[keys].repeat_interleave(q.shape[1] // v.shape[1], 1)))
     return torch.cat(pieces)
 

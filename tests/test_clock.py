@@ -74,9 +74,9 @@ def test_flops_and_mfu_are_those_the_model_requires(make_arguments: Make, rows_f
 
     seen: list[tuple[StepCosts, PackedBatch]] = []
 
-    def note(batch: PackedBatch) -> Any:
+    def note(batch: PackedBatch, window: int | None) -> Any:
         seen.append((batch,))  # type: ignore[arg-type]
-        return shape_of(batch)
+        return shape_of(batch, window)
 
     monkeypatch.setattr(trainer, "shape_of", note)
     monkeypatch.setattr(trainer, "peak_flops", lambda name: 1e12)

@@ -22,6 +22,7 @@ from interlace.inference.context import can_go_on
 from interlace.inference.dialogue import Dialogue
 from interlace.inference.generation import Generator, load_generator
 from interlace.inference.sampling import Sampling
+from interlace.model.attention import window_of
 from tests import small_families, test_families
 from tests.conftest import DEMO_MODEL
 
@@ -241,10 +242,15 @@ def make_llava(text_config: dict[str, Any]) -> Generator:
     return Generator(model, demo.processing, demo.device)
 
 
-def test_layers_that_attend_to_a_window_go_on_and_are_cut(pictures: list[str]) -> None:
-    window = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
-    generator = make_llava(window)
-    assert "sliding_attention" in generator.model.config.text_config.layer_types
+QWEN_WINDOW = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
+MISTRAL_WINDOW = {"model_type": "mistral", "sliding_window": 12}
+
+
+@pytest.mark.parametrize("text_config", [QWEN_WINDOW, MISTRAL_WINDOW], ids=["some layers", "all layers"])
+def test_layers_that_attend_to_a_window_go_on_and_are_cut(text_config: dict[str, Any], pictures: list[str]) -> None:
+    generator = make_llava(text_config)
+    language_model: Any = generator.model.get_submodule("model.language_model")
+    assert window_of(language_model.layers[-1].self_attn) == 12
     assert can_go_on(generator.model.config)
     dialogue = Dialogue(generator, 4)
     for turn in range(5):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, SiglipImageProcessorPil, Trainer, TrainingArguments
 
 from interlace.argument_help import STORED_OPTIMIZERS
-from interlace.data.batch import Collator, NumberedRows
+from interlace.data.batch import NumberedRows
 from interlace.data.dataset import Rows, load_rows
 from interlace.data.sources import read_entries
 from interlace.data.template import ChatTemplate
@@ -34,6 +34,7 @@ from interlace.training.answering import generating, questions
 from interlace.training.fragments import full_parameters, local_fragments, restore_fragments
 from interlace.training.outline import empty_model
 from interlace.training.planning import training_plan
+from tests import small_families
 from tests.conftest import DEMO_MODEL, NEEDS_COMPILER, ROOT, tiny_config, write_rows
 from tests.distributed_worker import wake_adapter
 from tests.test_families import make_model
@@ -115,7 +116,7 @@ class Plain:
         self.rows = self.rows_of(arguments["dataset"]["train"])
         self.tuned = parts.load_tuned_model(path, self.arguments, self.args)
         wake_adapter(self.tuned.packed)
-        self.collate = Collator(self.processing.process_images, self.processing.config.image_token_id)
+        self.collate = self.processing.collator()
 
     def rows_of(self, entries: list[dict[str, Any]]) -> Rows:
         reader = parts.row_reader(self.arguments, self.processing)
@@ -207,7 +208,8 @@ def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path)
 
 @NEEDS_COMPILER
 def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, folder: Path) -> None:
-    """The trainer's own plan (rows that do not divide, packed lengths that differ); evaluation on unequal rows; a model that cuts images into tiles."""
+    """The trainer's own plan (rows that do not divide, packed lengths that differ); evaluation on unequal rows; a model that cuts images into tiles, and one
+    whose projector holds a weight of its own that no layer calls (Gemma 3)."""
     rows = json.loads((folder / "data" / "rows.json").read_text())
     (folder / "data" / "few.json").write_text(json.dumps(rows[:7]))
     dataset: dict[str, list[dict[str, Any]]] = {"train": [{"data_files": str(folder / "data" / "rows.json"), "sampling_strategy": "first:23"}]}
@@ -217,6 +219,9 @@ def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, f
     (folder / "tiles").mkdir()
     tiles = {"model_name_or_path": str(make_model("llava_next", folder / "tiles")), "max_length": 3000}
     cases += [make_case(f"{engine} tiles", engine, MIXES[:4], tiles) for engine in ENGINES]
+    (folder / "gemma").mkdir()
+    gemma = {"model_name_or_path": str(small_families.make_model("gemma3", folder / "gemma")), "max_length": 3000, "learning_rate": 1e-3}
+    cases += [make_case(f"{engine} gemma", engine, MIXES[:4], gemma) for engine in ("zero3", "fsdp2")]
     results = launch(cases, folder)
     first = Plain(cases[0]["arguments"])
     first.args.gradient_accumulation_steps = 2  # of one process, for one of each of two

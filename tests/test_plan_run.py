@@ -103,7 +103,7 @@ def test_shapes_of_planned_batches() -> None:
     lengths, images, supervised = np.array([5, 3, 7]), np.array([1, 0, 2]), np.array([2, 1, 3])
     shapes = micro_shapes([[0, 2], [~1]], Columns(lengths, images, supervised))
     assert shapes == [MicroShape((5, 7), 3, 5), MicroShape((3,), 0, 1)]
-    assert shapes[0].shape == BatchShape(12, sum(range(1, 6)) + sum(range(1, 8)), 3, 5)
+    assert shapes[0].shape() == BatchShape(12, sum(range(1, 6)) + sum(range(1, 8)), 3, 5)
 
 
 def test_the_speed_of_a_known_machine_is_found(make_arguments: Callable[..., dict[str, Any]], rows_file: Path, tiny_dir: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_forecast_sees_the_shapes_that_are_trained(make_arguments: Make, tin
     batches = [batch for step in plan.steps(0) for batch in step]
     shapes = micro_shapes(batches, columns_of(rows, config), plan.prefixes)
     packed = [pack(tiny_dir, rows, batch, share_prefix=True) for batch in batches]
-    assert [shape.shape for shape in shapes] == [shape_of(batch) for batch in packed]
+    assert [shape.shape() for shape in shapes] == [shape_of(batch) for batch in packed]
     assert sum(batch.num_tokens for batch in packed) == tokens_of(plan) < rows.lengths.sum()
 
 

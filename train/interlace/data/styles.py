@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import Image, Part, Text, Turn, Video
 
-StyleName = Literal["chatml", "vicuna_v1", "plain", "smolvlm", "written"]
+StyleName = Literal["chatml", "vicuna_v1", "plain", "smolvlm", "gemma", "written"]
 
 
 class TextIds(Protocol):

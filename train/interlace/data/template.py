@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from interlace.data.gemma import Gemma
 from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn, Video
 from interlace.data.smolvlm import SmolVLM
 from interlace.data.styles import IS_IMAGE, ChatML, Piece, Style, StyleName, quoted
@@ -18,7 +19,7 @@ from interlace.data.written import Written
 IGNORE_INDEX = -100
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
 Placement = Literal["interleaved", "in_front", "mixed", "llava_next"]
-STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain, "smolvlm": SmolVLM}
+STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain, "smolvlm": SmolVLM, "gemma": Gemma}
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ class Context:
                 first, *more = rows.split(embeddings.shape[-1], dim=-1)
                 embeddings = embeddings.index_put((mask,), first.to(embeddings.dtype))
                 deeper = {"visual_pos_masks": mask, "deepstack_visual_embeds": more} if more else {}
-            return self._forward(embeddings, positions[..., start:], **deeper)
+            return self._forward(embeddings, positions[..., start:], is_filled, **deeper)
 
     def _trim(self) -> None:
         """Keeps the features of the images in the conversation, and of those that left it last."""
@@ -156,11 +156,16 @@ class Context:
         model = self.generator.model
         return model.disable_adapter() if self.without_adapter and isinstance(model, PeftModel) else nullcontext()
 
-    def _forward(self, embeddings: torch.Tensor, positions: torch.Tensor, **deeper: Any) -> torch.Tensor:
+    def _forward(self, embeddings: torch.Tensor, positions: torch.Tensor, is_image: np.ndarray | None = None, **deeper: Any) -> torch.Tensor:
+        """is_image: of all tokens, those read before included; None for one of text."""
         language_model = getattr(self.model.model, self.family.language_model)
         length = len(self.tokens) + embeddings.shape[1]
         # the mask says that nothing is packed, whatever positions look like
-        mask = torch.ones(1, length, dtype=torch.long, device=embeddings.device)
+        mask: Any = torch.ones(1, length, dtype=torch.long, device=embeddings.device)
+        if is_image is not None and self.family.sees_whole_images:
+            model: Any = self.model
+            types = torch.from_numpy(is_image[None]).long().to(mask.device)
+            mask = model.create_masks_for_generate(self.config, embeddings, mask, self._cache, positions, token_type_ids=types)
         output = language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **deeper)
         logits: torch.Tensor = self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
         return logits[0].float()

@@ -122,10 +122,11 @@ class Generator:
             torch.accelerator.empty_cache()
 
     def _common_trunk(self, prompts: Sequence[Prompt]) -> tuple[list[int], int]:
-        """The ids of the trunk of all prompts, and how many images are in it; nothing for one prompt, for different trunks, and for models whose positions
-        tell rows and columns: `generate` computes those from whole prompts."""
+        """The ids of the trunk of all prompts, and how many images are in it; nothing for one prompt, for different trunks, for models whose positions tell
+        rows and columns: `generate` computes those from whole prompts; and for sliding windows: `generate` would count the padding behind the trunk."""
         first = prompts[0].trunk
-        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids
+        has_windows = getattr(self.processing.config.get_text_config(), "sliding_window", None) is not None
+        can_share = len(prompts) > 1 and not self.in_step and not self.processing.images.has_grids and not has_windows
         return (first[0], len(first[1])) if can_share and all(prompt.trunk == first for prompt in prompts[1:]) else ([], 0)
 
     def _prefilled(self, trunk: Sequence[int], prompt: Prompt, num_images: int, rows: int) -> DynamicCache:

@@ -9,10 +9,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from interlace.data.batch import Segment
 from interlace.errors import InputError
-from interlace.model.attention import Backend, Forest, Runs, dense_mask, register, sdpa_segments
+from interlace.model.attention import Backend, Forest, Runs, dense_mask, register, runs_of, sdpa_segments
 
 # A trunk with two leaves and a grandchild among rows of their own; tokens enough for several blocks of any kernel
 TRIAL = (Segment(0, 150), Segment(150, 400), Segment(400, 431, 1), Segment(431, 590, 1), Segment(590, 600, 3), Segment(600, 601), Segment(601, 777))
+TRIAL_WINDOW = 70  # less than a row of it, more than a leaf
+TRIAL_IMAGES = (range(7, 20), range(21, 130), range(160, 300), range(431, 440), range(650, 700))  # some longer than the window
 
 
 class FlashKernel:
@@ -26,8 +28,13 @@ class FlashKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
         """Output (queries, heads, size); log-sum-exp of the scores (heads, queries), float32; what `backward` wants besides."""
         ends = (runs.query_ends, runs.key_ends, runs.longest_query, runs.longest_key)
-        out, lse, state, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, is_causal, False, scale=scale)
+        causal, window = self._window(runs, is_causal)
+        out, lse, state, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, causal, False, scale=scale, **window)
         return out, lse, (state,)
+
+    def _window(self, runs: Runs, is_causal: bool) -> tuple[bool, dict[str, int]]:
+        """As `varlen_attn` does: a window says itself that it ends where the query stands."""
+        return (is_causal, {}) if runs.window is None else (False, {"window_size_left": runs.window - 1, "window_size_right": 0})
 
     def backward(
         self,
@@ -45,8 +52,9 @@ class FlashKernel:
         """Gradients of q, k and v, for an output and log-sum-exp that may cover more keys than are given here."""
         ends = (runs.query_ends, runs.key_ends, runs.longest_query, runs.longest_key)
         unused = torch.empty(0, device=q.device)
+        causal, window = self._window(runs, is_causal)
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
-            gradient, q, k, v, out, lse, *ends, 0.0, is_causal, *extra, unused, scale=scale
+            gradient, q, k, v, out, lse, *ends, 0.0, causal, *extra, unused, scale=scale, **window
         )
         return found
 
@@ -62,10 +70,10 @@ class SegmentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forest: Forest, scale: float, kernel: FlashKernel) -> torch.Tensor:
-        """(T, heads, size), (T, key-value heads, size) twice -> (T, heads, size)."""
-        out, lse, extra = kernel.forward(q, k, v, forest.own, True, scale)
-        above, extra_above = forest.above, ()
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: Runs, above: Runs | None, scale: float, kernel: FlashKernel) -> torch.Tensor:
+        """(T, heads, size), (keys, key-value heads, size) twice -> (T, heads, size)."""
+        out, lse, extra = kernel.forward(q, k, v, own, True, scale)
+        extra_above: tuple[Any, ...] = ()
         if above is not None:
             assert above.queries is not None and above.keys is not None
             seen, seen_lse, extra_above = kernel.forward(q[above.queries], k[above.keys], v[above.keys], above, False, scale)
@@ -75,22 +83,21 @@ class SegmentAttention(torch.autograd.Function):
             out = out.index_copy(0, above.queries, (out[above.queries] * own_share + seen * seen_share).to(out.dtype))
             lse = lse.index_copy(1, above.queries, both)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = forest, scale, kernel, extra, extra_above
+        ctx.rest = own, above, scale, kernel, extra, extra_above
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """The gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
-        forest, scale, kernel, extra, extra_above = ctx.rest
+        own, above, scale, kernel, extra, extra_above = ctx.rest
         gradient = gradient.contiguous()
-        dq, dk, dv = kernel.backward(gradient, q, k, v, out, lse, forest.own, True, scale, extra)
-        above = forest.above
+        dq, dk, dv = kernel.backward(gradient, q, k, v, out, lse, own, True, scale, extra)
         if above is not None:
             at, of = above.queries, above.keys
             parts = kernel.backward(gradient[at], q[at], k[of], v[of], out[at], lse[:, at].contiguous(), above, False, scale, extra_above)
             dq, dk, dv = dq.index_add(0, at, parts[0]), dk.index_add(0, of, parts[1]), dv.index_add(0, of, parts[2])
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def varlen_segments(
@@ -104,8 +111,13 @@ def varlen_segments(
 ) -> torch.Tensor:
     """As `sdpa_segments`, by torch's flash attention over sequences of unequal length; 16-bit types on CUDA."""
     assert dropout == 0.0
+    _check_causal(segments)
     q, k, v = _packed(query, key, value)
-    out: torch.Tensor = SegmentAttention.apply(q, k, v, segments, scale, kernel)  # type: ignore[no-untyped-call]
+    own, above = segments.own, segments.above
+    if segments.window is not None and above is not None:  # it reaches as far up as a child's place lets it: the ancestors are copied in front of each child
+        own, above = segments.paths, None
+        k, v = k[own.keys], v[own.keys]
+    out: torch.Tensor = SegmentAttention.apply(q, k, v, own, above, scale, kernel)  # type: ignore[no-untyped-call]
     return out[None]
 
 
@@ -121,13 +133,20 @@ def flash_segments(
 ) -> torch.Tensor:
     """As `sdpa_segments`, by `flash_attn_varlen_func` of the user's own FlashAttention 2 or 3; a child's ancestors are copied in front of it."""
     assert dropout == 0.0
+    _check_causal(segments)
     q, k, v = _packed(query, key, value)
     runs = segments.paths if segments.has_parents else segments.own
     if runs.keys is not None:
         k, v = k[runs.keys], v[runs.keys]
-    out = function(q, k, v, runs.query_ends, runs.key_ends, runs.longest_query, runs.longest_key, softmax_scale=scale, causal=True)
+    window = {} if runs.window is None else {"window_size": (runs.window - 1, 0)}
+    out = function(q, k, v, runs.query_ends, runs.key_ends, runs.longest_query, runs.longest_key, softmax_scale=scale, causal=True, **window)
     found: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return found[None]
+
+
+def _check_causal(segments: Forest) -> None:
+    if segments.image_of is not None:
+        raise ValueError("no token can attend to a later one, as those of an image do in this model")
 
 
 def _packed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -171,10 +190,24 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-def problem(name: str, device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int) -> str | None:
-    """Why a backend cannot be used for these shapes on this device: what it raises, or how far it is off the dense mask. None if it can."""
+def problem(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window: int | None = None,
+    sees_whole_images: bool = False,
+) -> str | None:
+    """Why a backend cannot be used for these shapes on this device: what it raises, or how far it is off the dense mask. None if it can.
+
+    Args:
+        window: of a layer with a sliding window; see `Forest`. sees_whole_images: see `Family`.
+    """
     try:
-        function, forest, length = BACKENDS[name](), Forest(TRIAL, device), TRIAL[-1].end
+        image_of = runs_of(torch.tensor([place for image in TRIAL_IMAGES for place in image]), TRIAL[-1].end).to(device) if sees_whole_images else None
+        function, forest, length = BACKENDS[name](), Forest(TRIAL, device, image_of=image_of).within(window), TRIAL[-1].end
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(1, heads, length, head_size, generator=generator).to(device, dtype).requires_grad_()
@@ -184,7 +217,9 @@ def problem(name: str, device: torch.device, dtype: torch.dtype, num_heads: int,
         out = function(q, k, v, forest, head_size**-0.5, 0.0)
         found = (out, *torch.autograd.grad(out, (q, k, v), direction.to(dtype)))
         # in float64, which no setting makes less exact
-        expected = _naive(q.detach().double(), k.detach().double(), v.detach().double(), dense_mask(TRIAL, length).to(device), direction.double())
+        expected = _naive(
+            q.detach().double(), k.detach().double(), v.detach().double(), dense_mask(TRIAL, length, window, image_of).to(device), direction.double()
+        )
     except (RuntimeError, ImportError, TypeError, AttributeError, ValueError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     allowed = 2e-2 if dtype is torch.bfloat16 else 5e-3 if dtype is torch.float16 else 1e-4
@@ -200,21 +235,40 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return out.detach(), *torch.autograd.grad(out, (q, k, v), direction)
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int) -> str:
+def choose(
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    has_windows: bool = False,
+    sees_whole_images: bool = False,
+) -> str:
     """The backend for `attention`: on the CPU per-segment SDPA; on a GPU the first that gives the dense mask's results there.
+
+    Args:
+        has_windows: some layers attend to a sliding window; it is tried with one, too. sees_whole_images: see `Family`; it is tried with images.
 
     Raises:
         InputError: the one that was asked for does not; says which would.
     """
-    shape = (device, dtype, num_heads, num_kv_heads, head_size)
+
+    def why_not(name: str) -> str | None:
+        found = problem(name, device, dtype, num_heads, num_kv_heads, head_size, None, sees_whole_images)
+        if found is None and has_windows:
+            found = problem(name, device, dtype, num_heads, num_kv_heads, head_size, TRIAL_WINDOW, sees_whole_images)
+            found = found and f"with the model's sliding window, {found}"
+        return found
+
     if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
         return "sdpa"
     if wanted == "auto":
-        return next((name for name in BACKENDS if problem(name, *shape) is None), "sdpa")
-    why = problem(wanted, *shape)
+        return next((name for name in BACKENDS if why_not(name) is None), "sdpa")
+    why = why_not(wanted)
     if why is None:
         return wanted
-    others = ", ".join(name for name in BACKENDS if name != wanted and problem(name, *shape) is None)
+    others = ", ".join(name for name in BACKENDS if name != wanted and why_not(name) is None)
     raise InputError(f"attention: {wanted} cannot be used on {device.type} with {str(dtype).removeprefix('torch.')}: {why}; these would work: auto, {others}")
 
 

@@ -2,21 +2,24 @@
 
 Conventions: one multiplication with its addition is 2 FLOPs; only matrix products and convolutions count. A linear layer's backward pass is one more product
 for the gradient of its input, if anything below it learns, and one for its weight, if that learns. The language model's attention counts the pairs of a
-query and a key that the rule of the segments allows (the causal half) and twice as much backward, without the recomputation inside fused kernels.
+query and a key that the rule of the segments allows (the causal half, and of layers with a sliding window what lies in it) and twice as much backward,
+without the recomputation inside fused kernels.
 Of the last layer all tokens pass the keys and values only, where `last_layer` knows it; the rest is counted for the rows that are scored.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PretrainedConfig
 
 from interlace.data.batch import PackedBatch, Segment
-from interlace.model.attention import ancestors
+from interlace.model.attention import depths, window_of
 from interlace.model.families import Family
 from interlace.model.last_layer import ALL_TOKENS
 from interlace.model.tuning import TunedModel
@@ -33,6 +36,7 @@ class BatchShape:
 
     num_tokens: T. num_pairs: pairs of a query and a key that it attends to. num_images: tiles of distinct images. num_rows: N, the rows that `lm_head` sees.
     num_cached: of the tiles, those whose features are there already. num_tile_pairs: pairs of two tiles of one image, of those that the tower sees.
+    num_near_pairs: of the pairs, those within the sliding window, for a model that has layers with one.
     """
 
     num_tokens: float
@@ -41,19 +45,31 @@ class BatchShape:
     num_rows: float
     num_cached: float = 0.0
     num_tile_pairs: float = 0.0
+    num_near_pairs: float = 0.0
 
 
-def shape_of(batch: PackedBatch) -> BatchShape:
-    """The shape of a batch."""
+def shape_of(batch: PackedBatch, window: int | None = None) -> BatchShape:
+    """The shape of a batch; window: see `StepCosts`."""
     new, cached = (0 if tensor is None else len(tensor) for tensor in (batch.pixel_values, batch.cached_features))
     pairs = sum((rows * columns) ** 2 for rows, columns in batch.new_grids)
-    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.targets), cached, pairs)
+    near = 0 if window is None else attended_pairs(batch.segments, window)
+    return BatchShape(batch.num_tokens, attended_pairs(batch.segments), new + cached, len(batch.targets), cached, pairs, near)
 
 
-def attended_pairs(segments: Sequence[Segment]) -> int:
-    """How many pairs of a query and a key the segments allow: each token sees itself, the earlier ones of its segment, and its ancestors."""
-    sizes = [segment.end - segment.start for segment in segments]
-    return sum(size * (size + 1) // 2 + size * sum(sizes[other] for other in ancestors(segments, number)[:-1]) for number, size in enumerate(sizes))
+def attended_pairs(segments: Sequence[Segment], window: int | None = None) -> int:
+    """How many pairs of a query and a key the segments allow: each token sees itself, the earlier ones of its segment, and its ancestors.
+
+    Args:
+        window: only so many tokens, itself included; None for all.
+    """
+    ends = ((depth, depth + segment.end - segment.start) for depth, segment in zip(depths(segments), segments, strict=True))
+    return int(sum(path_pairs(end, window) - path_pairs(start, window) for start, end in ends))
+
+
+def path_pairs(length: Any, window: int | None = None) -> Any:
+    """The same of a path of this many tokens, a number or an array of them."""
+    full = length if window is None else np.minimum(length, window)
+    return full * (full + 1) / 2 + (0 if window is None else (length - full) * window)
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,10 @@ class Cost:
 @dataclass(frozen=True)
 class StepCosts:
     """The costs of the parts: of the tower and the projector per tile, of the tower's attention over whole images per pair of tiles, of the language model's
-    layers per token and pair, of the last layer and `lm_head` per row."""
+    layers per token, and per pair in those that see all and in those with a sliding window, of the last layer and `lm_head` per row.
+
+    window: tokens that layers with a sliding window see; None where there are none. image_attention: per tile, of its tokens' attention to later ones of it.
+    """
 
     vision_tower: Cost
     vision_attention: Cost
@@ -94,20 +113,24 @@ class StepCosts:
     attention: Cost
     last_layer: Cost
     lm_head: Cost
+    near_attention: Cost = Cost()
+    image_attention: Cost = Cost()
+    window: int | None = None
 
     def parts(self, shape: BatchShape) -> dict[str, Cost]:
         """part -> its cost in a micro-batch, forward and backward."""
+        near = self.near_attention.times(shape.num_near_pairs) + self.image_attention.times(shape.num_images)
         return {
             "vision_tower": self.vision_tower.times(shape.num_images - shape.num_cached) + self.vision_attention.times(shape.num_tile_pairs),
             "projector": self.projector.times(shape.num_images),
             "language_model": self.language_model.times(shape.num_tokens) + self.last_layer.times(shape.num_rows),
-            "attention": self.attention.times(shape.num_pairs),
+            "attention": self.attention.times(shape.num_pairs) + near,
             "lm_head": self.lm_head.times(shape.num_rows),
         }
 
     def with_reference(self) -> "StepCosts":
         """With one more forward pass: preference tuning asks a reference model, too, which sees by itself only where the tower learns."""
-        shared = () if self.vision_tower.backward else ("vision_tower", "vision_attention")
+        shared = ("window",) if self.vision_tower.backward else ("window", "vision_tower", "vision_attention")
         parts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in shared}
         return replace(self, **{name: cost + Cost(cost.forward) for name, cost in parts.items()})
 
@@ -134,7 +157,7 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
     model = getattr(base.model, family.language_model)
     # transformers makes the embeddings' output require a gradient when it checkpoints
     learns = bool(learns or base.get_input_embeddings().weight.requires_grad or checkpointing)
-    layers, pairs, last = Cost(), Cost(), Cost()
+    layers, pairs, near, last = Cost(), Cost(), Cost(), Cost()
     width = config.get_text_config().num_attention_heads * model.layers[0].self_attn.head_dim
     for layer in model.layers:
         attention_learns = learns or any(parameter.requires_grad for parameter in layer.self_attn.parameters())
@@ -146,10 +169,12 @@ def step_costs(tuned: TunedModel, checkpointing: bool = False, vision_checkpoint
         else:
             cost, learns = _sum(linears, checkpointing)
             layers += cost
-        pairs += _attention(width, attention_learns, checkpointing)
+        cost = _attention(width, attention_learns, checkpointing)
+        pairs, near = (pairs + cost, near) if window_of(layer.self_attn) is None else (pairs, near + cost)
+    ahead = (pairs + near).times(math.comb(family.tokens_per_tile(config), 2) * family.sees_whole_images)
     head = base.get_output_embeddings().weight
     row = Cost(2.0 * head.numel(), 2.0 * head.numel() * (int(learns) + int(head.requires_grad)))
-    return StepCosts(vision, vision_pairs, projector, layers, pairs, last, row)
+    return StepCosts(vision, vision_pairs, projector, layers, pairs, last, row, near, ahead, tuned.packed.window)
 
 
 def _tower_cost(tower: nn.Module, config: PretrainedConfig, family: Family, checkpointing: bool) -> tuple[Cost, Cost, bool]:
@@ -186,7 +211,7 @@ def _projector_cost(model: Any, config: PretrainedConfig, family: Family, below:
         part = model.get_submodule(name)
         others = [module for module in part.modules() if not isinstance(module, nn.Linear)]  # a norm, which stands in front of all
         norm_learns = any(parameter.requires_grad for module in others for parameter in module.parameters(recurse=False))
-        cost, learned = _sum(_linears(part, below or norm_learns), recomputed=False)
+        cost, learned = _sum([*_linears(part, below or norm_learns), *_products(part, below or norm_learns)], recomputed=False)
         total, learns = total + cost, learns or learned
     return total.times(family.tokens_per_tile(config)), learns
 
@@ -214,6 +239,15 @@ def _linears(module: nn.Module, below: bool) -> Iterator[tuple[str, float, bool,
             learns = layer.weight.requires_grad
             yield name, 2.0 * layer.in_features * layer.out_features, learns, reached or (learns and "lora_B" in name.split("."))
             below = below or learns
+
+
+def _products(module: nn.Module, below: bool) -> Iterator[tuple[str, float, bool, bool]]:
+    """The same of matrices that stand in no layer of their own (Gemma 3's projector)."""
+    for name, inner in module.named_modules():
+        if not isinstance(inner, nn.Linear) and "original_module" not in name.split("."):
+            for own, weight in inner.named_parameters(recurse=False):
+                if weight.ndim == 2:
+                    yield f"{name}.{own}", 2.0 * weight.numel(), weight.requires_grad, below
 
 
 def _sum(linears: Iterable[tuple[str, float, bool, bool]], recomputed: bool, ends: bool = True) -> tuple[Cost, bool]:

@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, 
 
 from interlace.data.styles import StyleName
 from interlace.errors import InputError
-from interlace.model import internvl, llava, qwen_vl, smolvlm
+from interlace.model import gemma3, internvl, llava, qwen_vl, smolvlm
 from interlace.model.images import Images
 from interlace.model.layouts import INTERNVL_LAYOUT, LLAVA_LAYOUT, QWEN_VL_LAYOUT, Layout
 
@@ -66,6 +66,7 @@ class Family:
     layout: how the hub spells the weights.
     prompt_style, system_prompt: those its models were trained with; None for what goes with the tokenizer, and with the style.
     tiling: None where an image's tokens are those of its tiles, in order.
+    sees_whole_images: whether the tokens of an image attend to each other in both directions. An image's own tokens never stand next to another image's.
     """
 
     vision_tower: str
@@ -89,6 +90,7 @@ class Family:
     prompt_style: StyleName | None = None
     system_prompt: str | None = None
     tiling: Tiling | None = None
+    sees_whole_images: bool = False
 
     @property
     def projector_in_tower(self) -> list[str]:
@@ -212,6 +214,28 @@ _SMOLVLM: dict[str, Any] = {
     "prompt_style": "smolvlm",
     "system_prompt": "",
 }
+_GEMMA3: dict[str, Any] = {
+    "vision_tower": "vision_tower",
+    "projector": ("multi_modal_projector",),
+    "language_model": "language_model",
+    "images": gemma3.GemmaImages,
+    "check": gemma3.check_gemma3,
+    "image_processor": gemma3.gemma3_image_processor,
+    "features": gemma3.gemma3_features,
+    "project": gemma3.gemma3_project,
+    "tokens_per_tile": gemma3.image_tokens,
+    "feature_width": gemma3.gemma3_width,
+    "tile_shape": llava.square_tile,
+    "num_tiles": llava.one_tile,
+    "unused": gemma3.unused_gemma3_parameters,
+    "feature_settings": qwen_vl.qwen_settings,
+    "tower": Tower(llava.square_patches, llava.tower_tokens, llava.tower_width, llava.attends_to_tile),
+    "processor": "Gemma3Processor",
+    "processor_settings": gemma3.gemma3_processor,
+    "layout": LLAVA_LAYOUT,
+    "prompt_style": "gemma",
+    "sees_whole_images": True,
+}
 FAMILIES = {
     "llava": Family(**_LLAVA),
     "llava_next": Family(**_LLAVA_NEXT),
@@ -221,12 +245,13 @@ FAMILIES = {
     "qwen3_vl": Family(**_QWEN3_VL),
     "internvl": Family(**_INTERNVL),
     "smolvlm": Family(**_SMOLVLM),
+    "gemma3": Family(**_GEMMA3),
 }
 
 
 REFUSED = {
-    "gemma3": "the tokens of an image attend to each other in both directions, and most layers to a window of earlier tokens only, while packed attention is "
-    "causal and knows no windows; trained so, it would be another model (0.03 nats per token off on a random one, where other families agree to 0.00001)",
+    "paligemma": "all of a prompt attends to each other in both directions, text included, so that an answer cannot be a part of the next turn's "
+    "prompt; packed attention is causal but for images",
 }
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.data.batch import PackedBatch, Segment
-from interlace.model.attention import Forest
+from interlace.errors import InputError
+from interlace.model.attention import Forest, runs_of, window_of
 from interlace.model.attention_kernels import install
 from interlace.model.families import family_of
 from interlace.model.features import FeatureCache
@@ -107,8 +108,19 @@ class PackedModel(nn.Module):
         self._no_split_modules = [name for name in model._no_split_modules or () if name in present]
 
     def use_attention(self, backend: str) -> None:
-        """Chooses how the language model's segments attend; see `attention_kernels.choose`."""
+        """Chooses how the language model's segments attend; see `attention_kernels.choose`.
+
+        Raises:
+            InputError: the language model does more to the scores of attention than any backend does.
+        """
+        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            raise InputError("attn_logit_softcapping: the scores of this language model are capped, which packed attention does not do; it cannot be trained")
         self.model.set_attn_implementation({"text_config": install(backend), "vision_config": "sdpa"})
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens layers with a sliding window attend to; None where all layers see all. A configuration has one for all of them."""
+        return next((window for layer in self._layers if (window := window_of(layer.self_attn)) is not None), None)
 
     @property
     def tower(self) -> nn.Module | None:
@@ -160,7 +172,8 @@ class PackedModel(nn.Module):
             first, *deeper = filled.split(embeddings.shape[-1], dim=-1)
             embeddings = embeddings.index_copy(1, image_positions, first[None].to(embeddings.dtype))
         language_model = getattr(self.model.model, self.family.language_model)
-        forest = Forest(segments, embeddings.device, rows if self.is_trimmed else None)
+        image_of = runs_of(image_positions, embeddings.shape[1]) if self.family.sees_whole_images and len(image_positions) else None
+        forest = Forest(segments, embeddings.device, rows if self.is_trimmed else None, image_of=image_of)
         with _added_behind(self._layers, deeper, image_positions):
             output = language_model(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=None, use_cache=False, segments=forest)
         hidden = output.last_hidden_state[0] if self.is_trimmed else output.last_hidden_state[0, rows]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from interlace.model.attention import Forest
+from interlace.model.attention import Forest, window_of
 
 # Pre-norm blocks without more arithmetic than `_block` does: others of the same parts multiply residuals, clip, drop or leave rotations out
 BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -63,6 +63,7 @@ def _attend(attention: Any, normed: torch.Tensor, forest: Forest, cos: torch.Ten
     query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     dropout = attention.attention_dropout if attention.training else 0.0
-    out, _ = attend(attention, query, key, value.transpose(1, 2), None, segments=forest, scaling=attention.scaling, dropout=dropout)
+    how = {"scaling": attention.scaling, "dropout": dropout, "sliding_window": window_of(attention)}
+    out, _ = attend(attention, query, key, value.transpose(1, 2), None, segments=forest, **how)
     projected: torch.Tensor = attention.o_proj(out[:, rows].flatten(2))
     return projected

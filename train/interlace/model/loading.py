@@ -160,6 +160,7 @@ def load_processing(
         images.bound(min_pixels, max_pixels)
         prompt |= {"image_text": images.text, "video_token_id": images.video_token_id}
         template = ChatTemplate(tokenizer, config.image_token_id, label_policy=label_policy, **prompt)
+        _check_style(template, family, config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return Processing(tokenizer, image_processor, template, config)
@@ -174,6 +175,19 @@ def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrained
     style = family.prompt_style or ("chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1")
     own = {} if family.system_prompt is None or "form" in chosen else {"system_prompt": family.system_prompt}
     return {"prompt_style": style, **own, **kept, **chosen}
+
+
+def _check_style(template: ChatTemplate, family: Family, config: PretrainedConfig) -> None:
+    """Gemma's style writes the line breaks around an image that Gemma's processor writes, and no other processor does.
+
+    Raises:
+        InputError: one goes without the other.
+    """
+    style = template.style.name
+    if "gemma" in (style, family.prompt_style) and style != family.prompt_style:
+        reason = "it writes line breaks around an image, as Gemma's own processor does and no other; what is saved would be asked in another form"
+        wanted = f"expected {family.prompt_style}" if family.prompt_style else "leave prompt_style out"
+        raise InputError(f"prompt_style {style} does not go with model_type {config.model_type!r}: of prompt_style gemma alone, {reason}; {wanted}")
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

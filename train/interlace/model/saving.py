@@ -67,6 +67,10 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
     text = settings["text_config"]
     if "rope_parameters" in text:
         rope = dict(text["rope_parameters"])
+        if "sliding_attention" in rope:  # one of each kind of layer, of which older versions know the period
+            text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            text["sliding_window_pattern"] = [*text["layer_types"], "full_attention"].index("full_attention") + 1
+            rope = dict(rope["full_attention"])
         text["rope_theta"] = rope.pop("rope_theta")  # older versions read it here, and take 10000 without a word
         text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
     if "tie_word_embeddings" in settings:

@@ -163,7 +163,7 @@ class Search:
         arguments = {**self.arguments, **changes}
         costs = step_costs(empty_model(self.config, arguments), *checkpoints(arguments))
         rows, first = self.rows, [[row] for row in range(min(1000, len(self.rows.lengths)))]
-        return costs.total(mean_shape(micro_shapes(first, rows))).executed
+        return costs.total(mean_shape(micro_shapes(first, rows), costs.window)).executed
 
     def forecast(self, changes: Changes, sharding: Sharding, budget: int) -> Memory:
         """Memory with these changes in micro-batches of at most `budget` tokens."""

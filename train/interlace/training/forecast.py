@@ -106,10 +106,10 @@ class MicroShape:
         ends, parents = accumulate(self.lengths), self.parents or (-1,) * len(self.lengths)
         return tuple(Segment(end - length, end, parent) for length, end, parent in zip(self.lengths, ends, parents, strict=True))
 
-    @property
-    def shape(self) -> BatchShape:
-        """What its cost depends on."""
-        return BatchShape(sum(self.lengths), attended_pairs(self.segments), self.num_images, self.num_rows, num_tile_pairs=self.num_tile_pairs)
+    def shape(self, window: int | None = None) -> BatchShape:
+        """What its cost depends on; window: see `StepCosts`."""
+        near = 0.0 if window is None else attended_pairs(self.segments, window)
+        return BatchShape(sum(self.lengths), attended_pairs(self.segments), self.num_images, self.num_rows, 0.0, self.num_tile_pairs, near)
 
 
 def micro_shapes(batches: Sequence[MicroBatch], rows: Columns, prefixes: Prefixes | None = None) -> list[MicroShape]:
@@ -142,9 +142,9 @@ def fullest(shapes: Sequence[MicroShape]) -> list[MicroShape]:
     return list(dict.fromkeys((max(shapes, key=lambda shape: (sum(shape.lengths), shape.num_rows)), max(shapes, key=lambda shape: shape.num_rows))))
 
 
-def mean_shape(shapes: Sequence[MicroShape]) -> BatchShape:
-    """The mean over micro-batches; costs are linear in it."""
-    table = np.array([astuple(shape.shape) for shape in shapes], np.float64)
+def mean_shape(shapes: Sequence[MicroShape], window: int | None) -> BatchShape:
+    """The mean over micro-batches; costs are linear in it. window: see `StepCosts`."""
+    table = np.array([astuple(shape.shape(window)) for shape in shapes], np.float64)
     return BatchShape(*table.mean(0).tolist())
 
 

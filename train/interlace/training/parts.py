@@ -126,7 +126,9 @@ def load_tuned_model(path: str, arguments: Arguments, args: TrainingArguments) -
     tuned = tune(model, parts, wanted, arguments["lora_path"], include, exclude, None if dtype == "auto" else compute, trained, adapter)
     text = model.config.get_text_config()
     heads = text.num_attention_heads, text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = choose(arguments["attention"], args.device, compute, *heads)
+    window = tuned.packed.window
+    is_cut = window is not None and window < arguments["max_length"]
+    attention = choose(arguments["attention"], args.device, compute, *heads, is_cut, tuned.packed.family.sees_whole_images)
     tuned.packed.use_attention(attention)
     if args.device.type == "cuda":
         say(f"attention: {attention}")

@@ -10,7 +10,7 @@ from interlace.arguments import Arguments
 from interlace.data.dataset import Rows
 from interlace.data.packing import Plan, Prefixes, token_budget
 from interlace.errors import InputError
-from interlace.model.costs import BatchShape, StepCosts
+from interlace.model.costs import BatchShape, StepCosts, path_pairs
 from interlace.model.families import family_of
 
 
@@ -29,7 +29,9 @@ class Columns:
         images: Any = self.num_images
         pairs: Any = self.num_tile_pairs
         supervised: Any = self.supervised
-        return np.asarray(costs.total(BatchShape(lengths, lengths * (lengths + 1) / 2, images, supervised, num_tile_pairs=pairs)).required)
+        near: Any = 0.0 if costs.window is None else path_pairs(lengths, costs.window)
+        shape = BatchShape(lengths, path_pairs(lengths), images, supervised, num_tile_pairs=pairs, num_near_pairs=near)
+        return np.asarray(costs.total(shape).required)
 
 
 def columns_of(rows: Rows, config: PretrainedConfig) -> Columns:

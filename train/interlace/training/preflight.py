@@ -133,7 +133,7 @@ class RunForecast:
     @cached_property
     def mean(self) -> BatchShape:
         """The mean micro-batch."""
-        return mean_shape(self.shapes)
+        return mean_shape(self.shapes, self.costs.window)
 
     @property
     def step_flops(self) -> float:

@@ -54,18 +54,18 @@ def probe(
             break
         runs = []
         for _ in range(REPEATS + (not timings)):  # the very first run warms up
-            runs.append(_time_batch(tuned, batch.to(device), dtype, clock))
+            runs.append(_time_batch(tuned, batch.to(device), costs.window, dtype, clock))
             before = clock()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             _wait(device)
             step_seconds.append(clock() - before)
-        timings.append(Timing(shape_of(batch), min(run.tower_seconds for run in runs), min(run.rest_seconds for run in runs)))
+        timings.append(Timing(runs[0].shape, min(run.tower_seconds for run in runs), min(run.rest_seconds for run in runs)))
     return fit_speed(timings, costs, min(step_seconds))
 
 
-def _time_batch(tuned: TunedModel, batch: PackedBatch, dtype: torch.dtype, clock: Callable[[], float]) -> Timing:
+def _time_batch(tuned: TunedModel, batch: PackedBatch, window: int | None, dtype: torch.dtype, clock: Callable[[], float]) -> Timing:
     device = batch.input_ids.device
     before = clock()
     inputs = model_inputs(batch, tuned.tower)
@@ -75,7 +75,7 @@ def _time_batch(tuned: TunedModel, batch: PackedBatch, dtype: torch.dtype, clock
         scores = tuned.packed(**inputs)
     supervised_loss(scores.log_probs, batch.weights, batch.weights.sum()).backward()
     _wait(device)
-    return Timing(shape_of(batch), tower, clock() - before - tower)
+    return Timing(shape_of(batch, window), tower, clock() - before - tower)
 
 
 def _wait(device: torch.device) -> None:

@@ -191,7 +191,7 @@ class PackedTrainer(PlannedTrainer):
         """Takes the latest micro-batch into what is logged."""
         assert self._latest is not None
         (inputs, scores, loss), self._latest = self._latest, None  # its pixels would else stay on the device through the next micro-batch
-        self._flops += 0.0 if self.costs is None else self.costs.total(shape_of(inputs)).required
+        self._flops += 0.0 if self.costs is None else self.costs.total(shape_of(inputs, self.costs.window)).required
         counted = self.counted(inputs)
         self._counts[:2] += torch.stack([counted.sum(), (scores.is_top1 & counted).sum()])
         self._counts[2] += inputs.num_tokens
