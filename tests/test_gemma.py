@@ -287,6 +287,14 @@ def test_the_saved_processor_writes_the_rows_that_were_trained(folder: Path, pic
     torch.testing.assert_close(inputs["pixel_values"], generation["pixel_values"], rtol=0, atol=1e-6)
 
 
+def test_older_processors_find_what_they_ask_for(folder: Path) -> None:
+    """As in the published folders: transformers 4.51 stops at any other setting, and takes the tokenizer's named tokens from a mapping."""
+    assert json.loads((folder / "processor_config.json").read_text()) == {"image_seq_length": 16, "processor_class": "Gemma3Processor"}
+    assert json.loads((folder / "tokenizer_config.json").read_text())["extra_special_tokens"] == GEMMA_NAMES
+    tokenizer: Any = load_processing(str(folder)).tokenizer
+    assert {name: getattr(tokenizer, name) for name in GEMMA_NAMES} == GEMMA_NAMES
+
+
 def test_the_configuration_tells_older_versions_what_the_newer_one_says(folder: Path) -> None:
     text = json.loads((folder / "config.json").read_text())["text_config"]
     assert (text["rope_theta"], text["rope_local_base_freq"], text["sliding_window_pattern"]) == (1_000_000.0, 10_000.0, 2)

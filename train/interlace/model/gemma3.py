@@ -111,5 +111,5 @@ def unused_gemma3_parameters(config: PretrainedConfig, tower: nn.Module) -> list
 
 
 def gemma3_processor(config: PretrainedConfig) -> dict[str, Any]:
-    """Settings of `Gemma3Processor`."""
-    return {"image_seq_length": config.mm_tokens_per_image}
+    """Settings of `Gemma3Processor`, which asks the tokenizer for its image tokens."""
+    return {"image_seq_length": config.mm_tokens_per_image, "image_token": None}

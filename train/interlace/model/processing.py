@@ -67,4 +67,5 @@ class Processing:
         """The contents of `processor_config.json`, which tell transformers how to count image tokens."""
         family = family_of(self.config)
         token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        return {"image_token": token, "processor_class": family.processor, **family.processor_settings(self.config)}
+        settings = {"image_token": token, "processor_class": family.processor, **family.processor_settings(self.config)}
+        return {name: value for name, value in settings.items() if value is not None}
