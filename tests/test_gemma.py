@@ -19,7 +19,6 @@ from transformers import (
     Gemma3Processor,
     Gemma3TextConfig,
     GemmaTokenizer,
-    PaliGemmaConfig,
     PreTrainedTokenizerBase,
     SiglipVisionConfig,
 )
@@ -370,8 +369,3 @@ def test_its_form_and_its_processor_go_together(folder: Path, tmp_path: Path) ->
     tokenizer.save_pretrained(other)
     with pytest.raises(InputError, match=r"prompt_style gemma does not go with model_type 'internvl': .*; leave prompt_style out"):
         load_processing(str(other), prompt_style="gemma")
-
-
-def test_paligemma_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*supported: gemma3, internvl"):
-        family_of(PaliGemmaConfig())
