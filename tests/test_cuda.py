@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interlace.model.attention import Forest, interface, sdpa_segments
-from interlace.model.attention_kernels import BACKENDS, TRIAL, choose, problem
+from interlace.model.attention_kernels import BACKENDS, TRIAL, TRIAL_WINDOW, choose, problem
 from interlace.training.supervised import finetune
 from tests.test_training import losses
 
@@ -21,6 +21,16 @@ def test_attention_kernels_equal_the_dense_mask(backend: str, heads: int, groups
     """Forward and backward, trunks, children and grandchildren; float32 where the backend takes it."""
     for dtype in (torch.bfloat16, torch.float16, *([] if backend == "varlen" else [torch.float32])):
         assert problem(backend, torch.device("cuda"), dtype, heads, groups, size) is None
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("sees_whole_images", [False, True], ids=["causal", "images both ways"])
+def test_attention_kernels_equal_the_dense_mask_of_windows_and_images(backend: str, sees_whole_images: bool) -> None:
+    for window in (None, TRIAL_WINDOW):
+        found = problem(backend, torch.device("cuda"), torch.bfloat16, 8, 4, 128, window, sees_whole_images)
+        assert found == (
+            "ValueError: no token can attend to a later one, as those of an image do in this model" if sees_whole_images and backend == "varlen" else None
+        )
 
 
 def test_rotated_queries_in_float32_go_through_every_kernel() -> None:

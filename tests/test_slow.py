@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from interlace.data import demo
 from interlace.model.conversion import to_hub
 from interlace.model.merging import merge
+from tests import small_families
 from tests.conftest import ROOT, write_rows
 from tests.test_conversion import assert_same_model, make_model, original_weights, write_original
 
@@ -126,7 +127,7 @@ def test_files_that_paddle_wrote(tmp_path: Path) -> None:
     assert_same_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", dtype="float32").eval(), model)
 
 
-@pytest.mark.parametrize("source", ["an adapter, merged", "the authors' layout"])
+@pytest.mark.parametrize("source", ["an adapter, merged", "the authors' layout", "Gemma 3"])
 def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Path, tmp_path: Path, tiny_dir: Path, source: str) -> None:
     import torch
 
@@ -134,6 +135,9 @@ def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Pa
     if source == "the authors' layout":
         to_hub(str(write_original(tmp_path / "original", "interleave", original_weights(make_model("interleave"), "interleave"))), tmp_path / "hub")
         tiny_dir = tmp_path / "hub"
+    if source == "Gemma 3":
+        (tmp_path / "gemma").mkdir()
+        tiny_dir = small_families.make_model("gemma3", tmp_path / "gemma")
     config = {"model_name_or_path": str(tiny_dir), "output_dir": str(tmp_path / "run"), "dataset": {"train": [{"data_files": str(tmp_path / "rows.json")}]}}
     config |= {"lora": True, "max_steps": 2, "use_cpu": True, "learning_rate": 0.01}
     (tmp_path / "config.json").write_text(json.dumps(config))

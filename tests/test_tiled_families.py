@@ -8,11 +8,21 @@ import PIL.Image
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import Gemma3Config, GotOcr2ImageProcessorPil, InternVLConfig, PreTrainedTokenizerBase, SmolVLMConfig, SmolVLMImageProcessorPil
+from transformers import (
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    PaliGemmaConfig,
+    PreTrainedTokenizerBase,
+    SmolVLMConfig,
+    SmolVLMImageProcessorPil,
+)
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from interlace.errors import InputError
 from interlace.model.families import family_of
+from interlace.model.gemma3 import GemmaImages
 from interlace.model.internvl import InternImages
 from interlace.model.loading import load_config, load_processing
 from interlace.model.smolvlm import SmolImages
@@ -98,12 +108,14 @@ def test_an_internvl_of_another_layer_is_refused(tmp_path: Path) -> None:
         load_config(str(folder))
 
 
-def test_gemma3_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match=r"gemma3.*both directions.*supported: internvl"):
-        family_of(Gemma3Config())
+def test_paligemma_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*both directions.*supported: gemma3, internvl"):
+        family_of(PaliGemmaConfig())
 
 
 def test_a_tokenizer_without_the_tokens_around_images_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = tokenizer_with()[0]
     with pytest.raises(InputError, match="no '<img>'"):
         InternImages(InternVLConfig(), GotOcr2ImageProcessorPil(), plain).ids(258)
+    with pytest.raises(InputError, match="no '<start_of_image>'"):
+        GemmaImages(Gemma3Config(), Gemma3ImageProcessorPil(), plain).ids(258)

@@ -62,7 +62,8 @@ class Family:
     unused: (config, tower) -> names of its parameters that never get a gradient, so that they must not train.
     feature_settings: config -> names what the features depend on beside weights and pixels.
     tower: what its cost depends on.
-    processor: class name of its processor in transformers; processor_settings: config -> what that class wants to be told besides.
+    processor: class name of its processor in transformers; processor_settings: config -> what that class wants to be told besides, None for what it
+    cannot be told.
     layout: how the hub spells the weights.
     prompt_style, system_prompt: those its models were trained with; None for what goes with the tokenizer, and with the style.
     tiling: None where an image's tokens are those of its tiles, in order.

@@ -1,6 +1,7 @@
 """Gemma 3: every image is one square of one size, squares of whose features are averaged to one token; its tokens attend to each other in both directions."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import isqrt
 from typing import Any
 
@@ -15,6 +16,7 @@ from interlace.errors import InputError
 from interlace.model.images import Images
 
 Grids = Sequence[tuple[int, int]]
+START, END = "<start_of_image>", "<end_of_image>"
 
 
 class GemmaImages(Images):
@@ -28,11 +30,16 @@ class GemmaImages(Images):
         return [self.config.mm_tokens_per_image + 2] * len(sizes)
 
     def ids(self, tokens: int) -> Sequence[int]:
-        return [self.config.boi_token_id, *[self.config.image_token_id] * (tokens - 2), self.config.eoi_token_id]
+        start, end = self._around
+        return [start, *[self.config.image_token_id] * (tokens - 2), end]
+
+    @cached_property
+    def _around(self) -> tuple[int, int]:
+        return self.id_of(START), self.id_of(END)
 
     @property
     def text(self) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(self.config.boi_token_id))
+        return START
 
     def pixels(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int] | None) -> torch.Tensor:
         return self.processed(list(images))
@@ -111,5 +118,5 @@ def unused_gemma3_parameters(config: PretrainedConfig, tower: nn.Module) -> list
 
 
 def gemma3_processor(config: PretrainedConfig) -> dict[str, Any]:
-    """Settings of `Gemma3Processor`."""
-    return {"image_seq_length": config.mm_tokens_per_image}
+    """Settings of `Gemma3Processor`, which asks the tokenizer for its image tokens."""
+    return {"image_seq_length": config.mm_tokens_per_image, "image_token": None}

@@ -72,7 +72,6 @@ class Processing:
     def processor_settings(self) -> dict[str, Any]:
         """The contents of `processor_config.json`, which tell transformers how to count image tokens."""
         family = family_of(self.config)
-        tokens = {"image_token": self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)}
-        if self.template.video_text is not None:
-            tokens["video_token"] = self.template.video_text
-        return {**tokens, "processor_class": family.processor, **family.processor_settings(self.config)}
+        settings = {"image_token": self.tokenizer.convert_ids_to_tokens(self.config.image_token_id), "video_token": self.template.video_text}
+        settings |= {"processor_class": family.processor, **family.processor_settings(self.config)}
+        return {name: value for name, value in settings.items() if value is not None}

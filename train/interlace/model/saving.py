@@ -35,6 +35,9 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["extra_special_tokens"] = extra
     elif extra:
         settings["additional_special_tokens"] = extra
+    named = settings.get("model_specific_special_tokens")  # such as `boi_token`, by which a processor asks; the mapping that transformers 4 reads
+    if named:
+        settings["extra_special_tokens"] = named
     for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
         settings.pop(name, None)
     if isinstance(processing.template.style, SentencePieceStyle) and processing.template.style.begins_every_text:
