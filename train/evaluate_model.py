@@ -108,7 +108,7 @@ def read_options() -> argparse.Namespace:
         f"{options.output_dir} is a file; expected a folder": options.output_dir.exists() and not options.output_dir.is_dir(),
         "--load-in-4bit, --load-in-8bit and --fsdp: expected one of them": options.load_in_4bit + options.load_in_8bit + options.fsdp > 1,
         "expected --model-path and --data-files, or --predictions FILE": not options.predictions and not (options.model_path and options.data_files),
-        "--diagnose and --rank-choices ask a model, not --predictions": options.predictions and (options.diagnose is not None or options.rank_choices),
+        "--diagnose and --rank-choices do not go with --predictions": options.predictions and (options.diagnose is not None or options.rank_choices),
         "--rank-choices goes neither with --diagnose nor with --fsdp": options.rank_choices and (options.diagnose is not None or options.fsdp),
     }
     if any(problems.values()):
