@@ -238,7 +238,8 @@ def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, f
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("variant", ["lora", pytest.param("tower", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lora", "tower"])
 def test_every_engine_answers_as_one_process_does(make_case: MakeCase, folder: Path, variant: str) -> None:
     """Rows with and without images, so that towers are called by all ranks or none; before, and after a step, whose gradients must not be touched by it."""
     dataset = {"train": [{"data_files": str(folder / "data" / "rows.json")}], "eval": [{"data_files": str(folder / "data" / "rows.json")}]}

@@ -23,6 +23,7 @@ from interlace.data.page import data_uri, filled
 from interlace.data.reading import Headers, Outcome, Record, Row
 from interlace.data.sample import BadRow, Place
 from interlace.data.shards import ArchiveRow
+from interlace.data.styles import known_id
 from interlace.data.template import IGNORE_INDEX, Encoded
 from interlace.data.video import check_video
 from interlace.errors import InputError
@@ -127,7 +128,7 @@ def _runs(pieces: Iterable[Piece], number: int, spelled: Mapping[int, bytes], sp
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, bytes]:
     """The UTF-8 bytes that each id stands for, which may be part of a character; of byte-level and SentencePiece vocabularies alike."""
-    sentence_piece = "<0x00>" in tokenizer.get_vocab()
+    sentence_piece = known_id(tokenizer, "<0x00>") is not None
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     added = tokenizer.added_tokens_decoder
     spelled = {}

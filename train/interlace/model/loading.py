@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from interlace.data import demo
+from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import FAMILIES, Family, family_of
@@ -172,7 +173,7 @@ def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrained
     kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
     if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
         kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
-    style = family.prompt_style or ("chatml" if "<|im_start|>" in tokenizer.get_vocab() else "vicuna_v1")
+    style = family.prompt_style or ("vicuna_v1" if known_id(tokenizer, "<|im_start|>") is None else "chatml")
     own = {} if family.system_prompt is None or "form" in chosen else {"system_prompt": family.system_prompt}
     return {"prompt_style": style, **own, **kept, **chosen}
 
