@@ -37,9 +37,7 @@ _MOST_TRIES = 50  # for a partner without an image in common
 
 @dataclass(frozen=True)
 class Ablated:
-    """The answer to row `number` with images changed; `image` says which, from 1, where it was one of them.
-
-    A video counts as one image.
+    """The answer to row `number` with images changed; `image` says which, from 1, where it was one of them; a video counts as one.
 
     `before` and `score` are the scores of the answers to the row as it is and as it was changed.
     """
