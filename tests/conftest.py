@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import wandb
 from tiktoken.load import load_tiktoken_bpe
 from transformers import (
     AutoTokenizer,
@@ -157,6 +158,18 @@ def browser() -> Iterator[Browser]:
         pytest.skip("no Chromium here: neither chromium, chromium-browser nor google-chrome")
     with Browser() as opened:
         yield opened
+
+
+@pytest.fixture
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where W&B writes offline. Its service outlives a run, its address in the environment that child processes inherit: ended on both sides."""
+    folder = tmp_path / "tracked"
+    folder.mkdir()
+    wandb.teardown()
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    yield folder
+    wandb.teardown()
 
 
 @pytest.fixture

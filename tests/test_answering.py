@@ -158,18 +158,16 @@ def test_images_stand_side_by_side() -> None:
     assert strip.getpixel((14, STRIP_HEIGHT - 1)) == (0, 0, 255) and strip.getpixel((strip.width - 1, 0)) == (0, 255, 0)
 
 
-def test_wandb_shows_answers_with_their_images(rows_file: Path, tmp_path: Path, make_arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
+def test_wandb_shows_answers_with_their_images(
+    rows_file: Path, tmp_path: Path, wandb_folder: Path, make_arguments: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown: list[tuple[Any, ...]] = []
     add = wandb.Table.add_data
     monkeypatch.setattr(wandb.Table, "add_data", lambda table, *row: (shown.append(row), add(table, *row))[1])
     dataset = {"train": [{"data_files": str(rows_file)}], "eval": [{"data_files": str(rows_file)}]}
     asks = {"eval_generate": True, "eval_generate_rows": 4, "eval_generate_max_new_tokens": 4, "eval_strategy": "steps", "eval_steps": 2}
-    wandb.teardown()  # which would remember the folder of a run before
     finetune(make_arguments(rows_file, dataset=dataset, report_to="wandb", **asks))
-    wandb.teardown()
-    assert len(shown) == 8 and len(list(tmp_path.rglob("eval/answers*.table.json"))) == 2
+    assert len(shown) == 8 and len(list(wandb_folder.rglob("eval/answers*.table.json"))) == 2
     for rows, step in ((shown[:4], 2), (shown[4:], 4)):
         answers = [json.loads(line) for line in (tmp_path / "run" / "eval_answers" / f"step-{step}.jsonl").read_text().splitlines()]
         assert [row[:2] for row in rows] == [(step, row["id"]) for row in answers]

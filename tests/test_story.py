@@ -124,13 +124,10 @@ def test_what_cannot_be_forecast_is_said(make_arguments: Make, rows_file: Path, 
     assert peak["measured"] > 100 << 20
 
 
-def test_wandb_holds_the_page(make_arguments: Make, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "tracked"))
-    (tmp_path / "tracked").mkdir()
+def test_wandb_holds_the_page(make_arguments: Make, rows_file: Path, wandb_folder: Path) -> None:
     arguments = make_arguments(rows_file, **LORA, report_to="wandb")
     finetune(arguments)
-    (copy,) = (tmp_path / "tracked").rglob("*.html")
+    (copy,) = wandb_folder.rglob("*.html")
     assert copy.read_text() == (Path(arguments["output_dir"]) / "report.html").read_text()
 
 

@@ -87,15 +87,19 @@ def serve() -> Iterator[Callable[..., Server]]:
         server.server_close()
 
 
+def settings(folder: Path, **changes: str) -> dict[str, str]:
+    """The environment of a process whose W&B keeps its files and settings in `folder` and knows nothing of this process's."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**inherited, "HOME": str(folder), "WANDB_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "train"), **changes}
+
+
 def train(arguments: dict[str, Any], folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the script as a user does, W&B's files and settings in `folder`."""
     folder.mkdir(exist_ok=True)
     plain = {name: value for name, value in json.loads(json.dumps(arguments)).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(plain))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     command = [sys.executable, str(ROOT / "train" / "supervised_finetune.py"), str(folder / "config.json"), *words]
-    settings = {**inherited, "HOME": str(folder), "WANDB_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180)
+    return subprocess.run(command, env=settings(folder, **environment), cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180)
 
 
 def sync_folder(done: subprocess.CompletedProcess[str]) -> Path:
@@ -127,16 +131,9 @@ def test_a_run_goes_on_offline_with_the_same_losses(make_arguments: Make, rows_f
 def test_a_silent_server_holds_a_run_up_for_seconds_only(serve: Callable[..., Server], tmp_path: Path) -> None:
     """The bound is the promise: seven seconds on a quiet machine, of which six are waited; W&B's own is 90, and three times ours leaves room for a busy one."""
     code = "import time; from interlace.training.weights_and_biases import open_wandb; start = time.time(); open_wandb('abc', None); print(time.time() - start)"
-    environment = {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_MODE": "online",
-        "WANDB_BASE_URL": serve(0).url,
-        "WANDB_API_KEY": KEY,
-    }
+    environment = settings(tmp_path, WANDB_MODE="online", WANDB_BASE_URL=serve(0).url, WANDB_API_KEY=KEY)
     start = time.time()
-    done = subprocess.run([sys.executable, "-c", code], env={**environment, "PYTHONPATH": str(ROOT / "train")}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert float(done.stdout.splitlines()[-1]) < 30, done
     assert time.time() - start < 80  # nor does the end of the process wait for the server
 
@@ -156,10 +153,9 @@ tracker = weights_and_biases.WandbTracker({})
 wandb.log({'loss': 1.0})
 tracker.on_train_end(None, SimpleNamespace(is_world_process_zero=True), None)
 """
-    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**environment, "PYTHONPATH": str(ROOT / "train")},
+        env=settings(tmp_path, WANDB_MODE="online", WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -323,9 +319,9 @@ def test_a_message_about_the_arguments_does_not_repeat_a_secret(make_arguments: 
     assert "PLANTED" not in done.stdout + done.stderr
 
 
-def test_a_traceback_does_not_repeat_a_secret() -> None:
+def test_a_traceback_does_not_repeat_a_secret(tmp_path: Path) -> None:
     code = "from interlace.errors import run_script\ndef main(): raise RuntimeError('401 for https://me:PLANTED@host/')\nrun_script(main)"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "train")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=settings(tmp_path), capture_output=True, text=True)
     assert done.returncode == 1
     assert "RuntimeError: 401 for https://***@host/" in done.stderr
     assert "PLANTED" not in done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
@@ -282,15 +283,10 @@ def wandb_records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def test_an_offline_wandb_run_holds_metrics_and_arguments(make_arguments: Make, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_an_offline_wandb_run_holds_metrics_and_arguments(make_arguments: Make, rows_file: Path, wandb_folder: Path) -> None:
     finetune(make_arguments(rows_file, **LORA, report_to="wandb", hub_token="hf_secret"))
-    wandb.finish()
     wandb.teardown()  # the file is whole once the service behind it has ended
-    (path,) = tmp_path.rglob("*.wandb")
+    (path,) = wandb_folder.rglob("*.wandb")
     keys, config = set(), {}
     for record in wandb_records(path):
         keys |= {item.nested_key[0] if item.nested_key else item.key for item in record.history.item}
