@@ -18,7 +18,7 @@ import torch
 from dialogue import make_mini, surroundings
 
 from interlace.data.reading import Outcome
-from interlace.inference.evaluation import predict, read_questions
+from interlace.inference.evaluation import LIMITS, predict, read_questions
 from interlace.inference.generation import load_generator
 
 WORDS = ("What digit is in image A?", "Read all images in order.", "Is the digit even?", "What digit is the largest?")
@@ -42,7 +42,7 @@ def main() -> None:
                 question = "<image>\n" * options.images + f"{number}. {WORDS[number % len(WORDS)]}"
                 rows.append({"image": names, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "digit 3"}]})
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
-        shared = read_questions({"data_files": str(Path(folder) / "rows.json")}, generator, 1_000_000, 50_000_000)
+        shared = read_questions({"data_files": str(Path(folder) / "rows.json")}, generator, LIMITS | {"max_length": 1_000_000})
         ways = {"each question alone": [alone(outcome) for outcome in shared], "scenes once": shared}
         print(f"{options.model_path or 'a mini model'} {surroundings(generator.device)}")
         print(f"\n{options.scenes} scenes of {options.images} images, {options.questions} questions each, batches of {options.batch_size}\n")

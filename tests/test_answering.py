@@ -73,7 +73,7 @@ def test_a_run_answers_as_its_result_does_afterwards_and_trains_as_it_would_with
     assert [row["id"] for row in written[0]] == ["0", "1", "3", "5", "7", "9"]
     assert logged[-1]["eval_score"] == 1 or not changes.get("bf16")
     generator = load_generator(str(tmp_path / "asked"), "bfloat16" if changes.get("bf16") else None)
-    outcomes = read_questions({"data_files": str(test_rows)}, generator, 4096, 50_000_000)
+    outcomes = read_questions({"data_files": str(test_rows)}, generator)
     expected = [row for row in predict(generator, outcomes, 4, 6) if row["id"] in {row["id"] for row in written[-1]}]
     assert [{**row, "metadata": None} for row in written[-1]] == [{**row, "metadata": None} for row in expected]
     assert not (tmp_path / "silent" / "eval_answers").exists()

@@ -117,7 +117,7 @@ def test_a_saved_dialogue_is_read_back_as_what_the_model_was_asked(generator: Ge
     assert isinstance(sample, Sample)
     assert [turn.role for turn in sample.turns] == ["system", "user", "assistant", "user", "assistant"]
     assert [(turn.text, turn.media) for turn in sample.turns[1:]] == [(turn.text, turn.media) for turn in dialogue.turns]
-    (outcome,) = read_questions({"data_files": str(file), "image_folder": str(tmp_path)}, generator, 4096, 50_000_000)
+    (outcome,) = read_questions({"data_files": str(file), "image_folder": str(tmp_path)}, generator)
     prompt = question_of(outcome, generator)
     assert prediction_of(outcome, "")["reference"] == dialogue.turns[-1].text
     assert prompt.images == tuple(frame.place for frames in dialogue.frames for frame in frames)

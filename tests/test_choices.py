@@ -10,7 +10,7 @@ import torch
 
 from interlace.data.reading import Outcome
 from interlace.errors import InputError
-from interlace.inference.choices import check_choices, rank_choices
+from interlace.inference.choices import rank_choices
 from interlace.inference.evaluation import predict, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator
 from tests.conftest import fast_first, write_rows
@@ -56,7 +56,7 @@ def test_the_likeliest_choice_is_the_library_s(tmp_path: Path, family: str) -> N
         (tmp_path / "model").mkdir()
         (make_model if family in SMALL else make_tiled_model)(family, tmp_path / "model")
     generator = load_generator("demo" if family == "llava" else str(tmp_path / "model"))
-    outcomes = read_questions({"data_files": str(rows_with_choices(tmp_path))}, generator, 4096, 50_000_000)
+    outcomes = read_questions({"data_files": str(rows_with_choices(tmp_path))}, generator)
     generated = predict(generator, outcomes, 4, 4)
     expected = [by_the_library(generator, outcome) for outcome in outcomes]
     for batch_size in (1, 12):
@@ -95,6 +95,7 @@ def test_choices_that_cannot_be_ranked_are_refused(tmp_path: Path, change: dict[
         elif number == 2:
             row["metadata"] |= change
     path.write_text(json.dumps(rows))
-    outcomes = read_questions({"data_files": str(path)}, load_generator("demo"), 4096, 50_000_000)
+    generator = load_generator("demo")
+    outcomes = read_questions({"data_files": str(path)}, generator)
     with pytest.raises(InputError, match=message):
-        check_choices(outcomes)
+        rank_choices(generator, outcomes, 4)

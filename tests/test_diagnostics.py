@@ -80,7 +80,7 @@ def read(generator: Generator, folder: Path, rows: Sequence[Sequence[str]], plac
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "image A"}]
         records.append({"id": f"row {number}", **({"image": images} if images else {}), "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(records))
-    return read_questions({"data_files": str(folder / "rows.json")}, generator, 32768, 50_000_000)
+    return read_questions({"data_files": str(folder / "rows.json")}, generator)
 
 
 def row_of(outcome: Outcome) -> Row:
@@ -145,7 +145,7 @@ def test_a_video_is_one_image_that_turns_grey_or_goes(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", times=list(range(0, 75, 5)))
     record = {"images": ["wide.png", "tall.png"], "videos": ["v.mp4", "v.mp4"], "query": "<image>\n<video>\n<video>\n<image>\nWhich?", "response": "2"}
     (tmp_path / "rows.json").write_text(json.dumps([record]))
-    (outcome,) = read_questions({"data_files": str(tmp_path / "rows.json")}, generator, 32768, 50_000_000)
+    (outcome,) = read_questions({"data_files": str(tmp_path / "rows.json")}, generator)
     images = row_of(outcome).images
     spans = spans_of(images)
     assert (len(images) - 2) // 2 == len(spans[1]) == len(spans[2]) > 1
@@ -159,7 +159,7 @@ def test_a_video_is_one_image_that_turns_grey_or_goes(tmp_path: Path) -> None:
         left = {"images": ["wide.png", "tall.png"], "videos": ["v.mp4", "v.mp4"]}
         left["images" if image in (1, 4) else "videos"].pop(image == 4)
         (tmp_path / "left.json").write_text(json.dumps([record | left | {"query": "\n".join(question)}]))
-        (written,) = read_questions({"data_files": str(tmp_path / "left.json")}, generator, 32768, 50_000_000)
+        (written,) = read_questions({"data_files": str(tmp_path / "left.json")}, generator)
         prompt, wanted = question_of(changed(outcome, row), generator), question_of(written, generator)
         assert (prompt.input_ids, prompt.images) == (wanted.input_ids, wanted.images)
     for (_, _, row), span in zip(ablations.of("blanked", row_of(outcome)), [*spans, range(len(images))], strict=True):
@@ -205,7 +205,7 @@ def test_some_rows_are_spread_over_data_sets_and_numbers_of_images() -> None:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, list[Outcome]]:
     """The demo model, and rows in which only the place decides (name_k) or nothing depends on it: the same question about scans of one digit."""
     generator = load_generator(str(DEMO_MODEL))
-    outcomes = read_questions({"data_files": "demo", "split": "validation"}, generator, 32768, 50_000_000)
+    outcomes = read_questions({"data_files": "demo", "split": "validation"}, generator)
     named = [outcome for outcome in outcomes if outcome.sample is not None and outcome.sample.metadata["dataset"] == "name"]
     scans: dict[str, list[str]] = {}
     for outcome in named:
@@ -220,7 +220,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, list[Outc
         records.append({"id": f"same-{number}", "image": images, "conversations": turns, "metadata": {"dataset": "same digit"}})
     path = tmp_path_factory.mktemp("same") / "rows.json"
     path.write_text(json.dumps(records))
-    same = read_questions({"data_files": str(path), "image_folder": str(Path(images[0]).parent)}, generator, 32768, 50_000_000)
+    same = read_questions({"data_files": str(path), "image_folder": str(Path(images[0]).parent)}, generator)
     placed = [outcome for outcome in outcomes if outcome.sample is not None and outcome.sample.metadata["dataset"] == "name_k"]
     return generator, [*placed[:24], *same, *named[:8]]
 

@@ -41,7 +41,7 @@ def questions_about_one_scene(tmp_path: Path, count: int) -> Path:
 
 
 def outcomes_of(generator: Generator, path: Path) -> list[Outcome]:
-    return read_questions({"data_files": str(path)}, generator, 4096, 50_000_000)
+    return read_questions({"data_files": str(path)}, generator)
 
 
 def count_images(generator: Generator) -> list[int]:

@@ -400,7 +400,7 @@ def test_a_run_trains_and_its_result_answers_as_the_library_does(
 def questions(generator: Generator, media: Path, work: Path, rows: Sequence[Sequence[str]]) -> list[Any]:
     file = work / "questions.json"
     file.write_text(json.dumps([record_of(number, names) for number, names in enumerate(rows)]))
-    return read_questions({"data_files": str(file), "image_folder": str(media)}, generator, 32768, 50_000_000)
+    return read_questions({"data_files": str(file), "image_folder": str(media)}, generator)
 
 
 def test_questions_that_begin_alike_are_answered_as_they_are_alone(folder: Path, media: Path, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_questions_that_begin_alike_are_answered_as_they_are_alone(folder: Path,
         for name in ("wide.png", "tall.png")
     ]
     (tmp_path / "later.json").write_text(json.dumps(records))
-    later = read_questions({"data_files": str(tmp_path / "later.json"), "image_folder": str(media)}, generator, 32768, 50_000_000)
+    later = read_questions({"data_files": str(tmp_path / "later.json"), "image_folder": str(media)}, generator)
     prompts = [question_of(outcome, generator) for outcome in later]
     assert all(prompt.trunk_images == 1 for prompt in prompts)
     assert generator.answer(prompts, 8) == [generator.answer([prompt], 8)[0] for prompt in prompts]

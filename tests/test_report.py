@@ -66,7 +66,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     records[1]["id"] = HOSTILE
     (folder / "rows.json").write_text(json.dumps(records))
     generator = load_generator(str(DEMO_MODEL))
-    outcomes = read_questions({"data_files": str(folder / "rows.json")}, generator, 32768, 50_000_000)
+    outcomes = read_questions({"data_files": str(folder / "rows.json")}, generator)
     predictions = predict(generator, outcomes, 32, 8)
     for number in (2, 5, 7, 11, 14):
         predictions[number]["prediction"] = predictions[number]["reference"]
@@ -287,7 +287,7 @@ def test_videos_and_images_come_in_their_order(tmp_path: Path) -> None:
     record = {"image": ["pictures/0.png", "pictures/1.png"], "video": "frames", "conversations": turns}
     (tmp_path / "rows.json").write_text(json.dumps([record]))
     generator = load_generator(str(DEMO_MODEL))
-    outcomes: list[Outcome] = read_questions({"data_files": str(tmp_path / "rows.json")}, generator, 32768, 50_000_000)
+    outcomes: list[Outcome] = read_questions({"data_files": str(tmp_path / "rows.json")}, generator)
     predictions = predict(generator, outcomes, 1, 4)
     (row,) = data_of(report(Evaluation("m", "d", predictions, score(predictions), outcomes), 1))["rows"]
     (turn,) = row["turns"]

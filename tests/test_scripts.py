@@ -76,14 +76,17 @@ def test_bad_data_ends_with_two_and_one_message(tmp_path: Path, rows: str, expec
 
 def test_evaluation_scores_and_rescoring_needs_no_model(tmp_path: Path) -> None:
     data = write_rows(tmp_path, 9)
-    words = ["--data-files", data, "--image-folder", tmp_path, "--max-new-tokens", "8"]
+    video = {"id": "9", "videos": ["pictures"], "conversations": [["<video>How many?", "2"]], "metadata": {"dataset": "video"}}  # a folder of eight frames
+    data.write_text(json.dumps([*json.loads(data.read_text()), video]))
+    words = ["--data-files", data, "--image-folder", tmp_path, "--max-new-tokens", "8", "--num-frames", "2"]
     done = run("evaluate_model.py", "--model-path", "demo", *words, "--output-dir", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     predictions = [json.loads(line) for line in (tmp_path / "one" / "predictions.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in predictions] == [str(i) for i in range(9)]
+    assert [row["id"] for row in predictions] == [str(i) for i in range(10)]
+    assert predictions[9]["metadata"]["num_images"] == 2
     assert all(set(row) == {"id", "prediction", "reference", "metadata"} for row in predictions)
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
-    assert {name: value["count"] for name, value in metrics["datasets"].items()} == {"images_0": 3, "images_1": 2, "images_2": 2, "images_3": 2}
+    assert {name: value["count"] for name, value in metrics["datasets"].items()} == {"images_0": 3, "images_1": 2, "images_2": 2, "images_3": 2, "video": 1}
     again = run("evaluate_model.py", "--predictions", tmp_path / "one" / "predictions.jsonl", "--output-dir", tmp_path / "two")
     assert again.returncode == 0
     assert (tmp_path / "two" / "metrics.json").read_text() == (tmp_path / "one" / "metrics.json").read_text()
@@ -158,6 +161,7 @@ def test_predict_one_shot_and_end_of_input(tmp_path: Path) -> None:
         ("merge_adapter.py", ["--adapter-path", "data", "--output-dir", "outputs/never"]),
         ("evaluate_model.py", ["--output-dir", "outputs/never"]),
         ("evaluate_model.py", ["--predictions", "gone.jsonl", "--output-dir", "outputs/never"]),
+        ("evaluate_model.py", ["--model-path", "demo", "--data-files", "demo", "--num-frames", "0", "--output-dir", "outputs/never"]),
         ("predict_multiround.py", ["--model-path", "./gone", "--query", "x"]),
         ("preview_data.py", ["gone.json"]),
     ],

@@ -7,6 +7,7 @@ from interlace.arguments import did_you_mean
 from interlace.errors import InputError, run_script
 from interlace.inference.metrics import METRICS
 from interlace.inference.predictions import metrics_table, read_predictions, write_scores
+from interlace.inference.sampling import check_frames
 
 NAMES = ", ".join(METRICS)
 ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
@@ -14,33 +15,31 @@ ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
 
 def main() -> None:
     options = read_options()
-    from interlace.inference.choices import check_choices, rank_choices
+    from interlace.inference.choices import rank_choices
     from interlace.inference.comparison import comparison_table, matched, read_earlier, write_comparison
     from interlace.inference.diagnostics import ablate, diagnosis_table, write_diagnosis
     from interlace.inference.evaluation import predict, prediction_of, read_questions
     from interlace.inference.generation import load_generator
     from interlace.inference.partial import PartialPredictions, fingerprint_of
     from interlace.inference.references import read_expected, with_references
-    from interlace.inference.report import Evaluation, report
+    from interlace.inference.report import Evaluation, write_report
     from interlace.ranks import Ranks, join
 
-    files = "demo" if options.data_files == ["demo"] else options.data_files
-    entry = {"data_files": files, "image_folder": options.image_folder, "split": options.split}
+    entry = {"data_files": options.data_files, "image_folder": options.image_folder, "split": options.split}
     earlier = None if options.compare_with is None else read_earlier(options.compare_with, options.output_dir)
     ranks, questions, ablated, partials = join() if options.predictions is None else Ranks(), None, [], []
     if options.predictions is not None:
-        predictions = read_predictions(options.predictions, options.metric, needs_reference=not files)
-        if files:
+        predictions = read_predictions(options.predictions, options.metric, needs_reference=not options.data_files)
+        if options.data_files:
             predictions, others = with_references(predictions, read_expected(entry))
             print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
     else:
         generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit, options.fsdp)
-        questions = read_questions(entry, generator, options.max_length, options.max_image_pixels, options.metric, ranks)
+        questions = read_questions(entry, generator, vars(options), options.metric, ranks)
         if earlier is not None:
             matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
         sizes = options.batch_size, options.max_new_tokens
         if options.rank_choices:
-            check_choices(questions)
             predictions = rank_choices(generator, questions, options.batch_size, ranks)
         else:
             settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
@@ -67,9 +66,7 @@ def main() -> None:
         print(f"\n{diagnosis_table(diagnosis)}")
     names = str(options.model_path or options.predictions), " ".join(options.data_files or ())
     evaluation = Evaluation(*names, predictions, metrics, questions, str(options.compare_with), earlier, comparison, ablated, diagnosis)
-    (options.output_dir / "evaluation.html").write_text(report(evaluation, options.report_rows), encoding="utf-8")
-    written = {"predictions.jsonl": True, "metrics.json": True, "comparison.json": comparison, "diagnostics.json": diagnosis, "evaluation.html": True}
-    print("\n" + "\n".join(str(options.output_dir / name) for name, there in written.items() if there))
+    print("", *write_report(options.output_dir, evaluation, options.report_rows), sep="\n")
 
 
 def read_options() -> argparse.Namespace:
@@ -96,11 +93,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--max-length", type=int, default=32768, help="longest question with its answer, in tokens")
     parser.add_argument("--max-image-pixels", type=int, default=50_000_000)
+    parser.add_argument("--num-frames", type=int, default=16, help="most frames of a video, as in training")
+    parser.add_argument("--video-fps", type=float, help="frames per second of a video, as in training")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, else float32")
     for bits in ("4", "8"):
         parser.add_argument(f"--load-in-{bits}bit", action="store_true", help="needs the quantization extra")
     parser.add_argument("--fsdp", action="store_true", help="torchrun's processes share the weights: for a model that does not fit on one GPU")
     options = parser.parse_args()
+    check_frames(options.num_frames, options.video_fps)
     problems = {
         f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {NAMES}": options.metric not in (None, *METRICS),
         "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,

@@ -181,7 +181,7 @@ def _read_mixture(path: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_entry(entry: Mapping[str, Any], seed: int | str) -> list[Source]:
-    if entry["data_files"] == "demo":
+    if entry["data_files"] in ("demo", ["demo"]):
         if (entry.get("split") or "train") not in demo.SPLITS:
             raise InputError(f"demo: no split {entry['split']!r}; expected one of {', '.join(demo.SPLITS)}")
         entry = {**entry, "data_files": str(demo.prepare() / f"{entry.get('split') or 'train'}.json"), "split": None}

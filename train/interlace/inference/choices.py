@@ -27,25 +27,6 @@ def choices_of(outcome: Outcome) -> list[str]:
     return choices
 
 
-def check_choices(outcomes: Sequence[Outcome]) -> None:
-    """Whether every row has something to choose from, and its reference is among it.
-
-    Raises:
-        InputError: rows for which that is not so.
-    """
-    problems = []
-    for outcome in outcomes:
-        choices, where = choices_of(outcome), f"{outcome.record.file}: row {outcome.record.index}"
-        are_texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
-        if not are_texts or len(set(choices)) < max(len(choices), 2):
-            problems.append(f"{where}: metadata.choices: expected a list of two or more different texts, got {str(choices)[:80]}")
-        elif (reference := prediction_of(outcome, "")["reference"]) not in choices:
-            problems.append(f"{where}: the reference {reference[:40]!r} is none of the choices {str(choices)[:80]}")
-    if problems:
-        more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
-        raise InputError("\n  ".join([f"{len(problems):,} rows whose choices cannot be ranked", *problems[:_SHOWN]]) + more)
-
-
 def rank_choices(generator: Generator, outcomes: Sequence[Outcome], batch_size: int, ranks: Ranks | None = None) -> list[dict[str, Any]]:
     """A prediction for each row: the choice with the highest log-probability, end of the answer included, summed over its tokens; on every rank.
 
@@ -56,8 +37,9 @@ def rank_choices(generator: Generator, outcomes: Sequence[Outcome], batch_size: 
         batch_size: most choices that are scored at once; all choices of a row stand together.
 
     Raises:
-        InputError: an image that cannot be opened.
+        InputError: rows without choices, or whose reference is none of them; an image that cannot be opened.
     """
+    _check(outcomes)
     ranks, scorer = ranks or Ranks(), Scorer(generator)
     batches: list[list[int]] = []
     for number in sorted(range(len(outcomes)), key=lambda number: -scorer.length(outcomes[number])):
@@ -71,6 +53,21 @@ def rank_choices(generator: Generator, outcomes: Sequence[Outcome], batch_size: 
             bar.update(len(batch) * ranks.world_size)
     scores = {number: values for of_rank in ranks.gather(found) for number, values in of_rank.items()}
     return [_chosen(outcome, scores[number]) for number, outcome in enumerate(outcomes)]
+
+
+def _check(outcomes: Sequence[Outcome]) -> None:
+    """Refuses rows that have nothing to choose from, or whose reference is not among it."""
+    problems = []
+    for outcome in outcomes:
+        choices, where = choices_of(outcome), f"{outcome.record.file}: row {outcome.record.index}"
+        are_texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
+        if not are_texts or len(set(choices)) < max(len(choices), 2):
+            problems.append(f"{where}: metadata.choices: expected a list of two or more different texts, got {str(choices)[:80]}")
+        elif (reference := prediction_of(outcome, "")["reference"]) not in choices:
+            problems.append(f"{where}: the reference {reference[:40]!r} is none of the choices {str(choices)[:80]}")
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise InputError("\n  ".join([f"{len(problems):,} rows whose choices cannot be ranked", *problems[:_SHOWN]]) + more)
 
 
 def _chosen(outcome: Outcome, log_probs: Sequence[float]) -> dict[str, Any]:

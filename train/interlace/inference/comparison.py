@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from interlace.errors import InputError
+from interlace.files import write_whole
 from interlace.inference.metrics import dataset_of, grouped, num_images_of, row_scores
 from interlace.inference.predictions import few, read_predictions
 
@@ -110,7 +111,7 @@ def compare(earlier: Sequence[Prediction], predictions: Sequence[Prediction], se
 def write_comparison(output_dir: Path, earlier: Sequence[Prediction], predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
     """Writes `comparison.json`; returns what is in it, see `compare`."""
     comparison = compare(earlier, predictions, seed)
-    (output_dir / "comparison.json").write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(output_dir / "comparison.json", json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
     return comparison
 
 

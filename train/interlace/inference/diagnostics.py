@@ -23,6 +23,7 @@ from interlace.data.lengths import expanded_length
 from interlace.data.media import open_images
 from interlace.data.reading import Outcome, Row
 from interlace.data.sample import Place, Sample
+from interlace.files import write_whole
 from interlace.inference.comparison import RESAMPLES, interval_text, mean_interval
 from interlace.inference.evaluation import predict
 from interlace.inference.generation import Generator
@@ -297,7 +298,7 @@ def diagnosis(ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any
 def write_diagnosis(output_dir: Path, ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Writes `diagnostics.json`; returns what is in it, see `diagnosis`."""
     diagnosed = diagnosis(ablated, predictions, seed)
-    (output_dir / "diagnostics.json").write_text(json.dumps(diagnosed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(output_dir / "diagnostics.json", json.dumps(diagnosed, indent=2, ensure_ascii=False) + "\n")
     return diagnosed
 
 

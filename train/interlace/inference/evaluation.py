@@ -1,7 +1,7 @@
 """Predictions for data with references."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +22,17 @@ from interlace.inference.predictions import told_apart
 from interlace.inference.references import name_of
 from interlace.ranks import Ranks
 
+LIMITS: dict[str, Any] = {"max_length": 32_768, "max_image_pixels": 50_000_000, "num_frames": 16, "video_fps": None}  # of rows
 _TOKENS_PER_STEP = 64  # of a prompt, that take about as long as a step of decoding
 
 
 def read_questions(
-    entry: dict[str, Any], generator: Generator, max_length: int, max_image_pixels: int, metric: str | None = None, ranks: Ranks | None = None
+    entry: dict[str, Any], generator: Generator, limits: Mapping[str, Any] = LIMITS, metric: str | None = None, ranks: Ranks | None = None
 ) -> list[Outcome]:
     """The checked rows of a dataset entry, each with a reference answer, on every rank.
 
     Args:
+        limits: those in `LIMITS`, of a `RowReader`; others are ignored.
         metric: see `questions_of`.
 
     Raises:
@@ -39,7 +41,9 @@ def read_questions(
     processing = generator.processing
     kept = MediaFolder(default_cache_dir() / "media")
     counted = (processing.row_image_tokens, processing.image_settings)
-    reader = RowReader(processing.template, *counted, max_length, "error", max_image_pixels, kept, video_tokens=processing.video_tokens)
+    reader = RowReader(
+        processing.template, *counted, too_long="error", kept=kept, video_tokens=processing.video_tokens, **{name: limits[name] for name in LIMITS}
+    )
     records = tqdm(records_of(read_entries([entry], 0)), desc="checking rows", unit="row", leave=False, disable=ranks is not None and not ranks.is_main)
     outcomes = list(reader.outcomes(iter(records)))
     check_ledger(Ledger.of([outcome.entry for outcome in outcomes]), "error", "error", None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interlace.errors import InputError
+from interlace.files import write_whole
 from interlace.inference.interleave_bench import PUBLISHED
 from interlace.inference.metrics import check_rows, score
 
@@ -77,17 +78,10 @@ def _prediction(line: str, where: str, needs_reference: bool) -> dict[str, Any]:
 def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Writes `predictions.jsonl` and `metrics.json`; returns the metrics."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write(output_dir / "predictions.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in predictions))
+    write_whole(output_dir / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     metrics = score(predictions)
-    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False))
+    write_whole(output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all; halves of characters, which UTF-8 cannot write, as JSON's escapes."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
-    scratch.replace(path)
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from interlace.data.media import open_images
 from interlace.data.page import data_uri, filled
 from interlace.data.reading import Outcome
 from interlace.data.sample import Image, Place, Sample, Text, media_of
+from interlace.files import write_whole
 from interlace.inference.comparison import RIGHT, change
 from interlace.inference.diagnostics import Ablated, insensitive
 from interlace.inference.metrics import dataset_of, num_images_of, row_scores
@@ -38,6 +39,14 @@ class Evaluation:
     comparison: Mapping[str, Any] | None = None
     ablated: Sequence[Ablated] = ()
     diagnosis: Mapping[str, Any] | None = None
+
+
+def write_report(folder: Path, evaluation: Evaluation, most_rows: int) -> list[Path]:
+    """Writes `evaluation.html`; returns the paths of all that an evaluation has written. See `report`."""
+    write_whole(folder / "evaluation.html", report(evaluation, most_rows))
+    there = {"comparison.json": evaluation.comparison, "diagnostics.json": evaluation.diagnosis}
+    names = ["predictions.jsonl", "metrics.json", *(name for name, findings in there.items() if findings is not None), "evaluation.html"]
+    return [folder / name for name in names]
 
 
 def report(evaluation: Evaluation, most_rows: int) -> str:

@@ -19,13 +19,13 @@ from interlace.data.reading import Headers, Outcome, Row, RowReader, records_of
 from interlace.data.sample import Place, Sample
 from interlace.data.sources import read_entries
 from interlace.errors import InputError
+from interlace.files import write_whole
 from interlace.inference.evaluation import predict, prediction_of, questions_of
 from interlace.inference.generation import Generator
 from interlace.inference.metrics import score
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
 from interlace.ranks import Ranks
-from interlace.training.checkpoint import write_whole
 
 _MOST_DATASETS = 20  # that are logged one by one
 _MOST_EXAMPLES = 16  # that trackers show

@@ -21,6 +21,7 @@ import psutil
 from safetensors import SafetensorError
 
 from interlace.errors import InputError
+from interlace.files import sync_file, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of what a checkpoint holds; another one cannot be taken up
@@ -174,22 +175,6 @@ def _checksum(path: Path) -> dict[str, Any]:
     """A file's bytes and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file on the disk under another name, then renames it."""
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def sync_file(path: Path) -> None:
-    """Brings a file to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

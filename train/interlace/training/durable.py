@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from interlace.errors import InputError, RunError, Stopped
+from interlace.files import sync_file
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
-from interlace.training.checkpoint import STATE_FILE, Write, damage, sync_file
+from interlace.training.checkpoint import STATE_FILE, Write, damage
 from interlace.training.clock import PHASES, StepClock
 from interlace.training.fragments import WEIGHT, full_parameters, local_fragments
 from interlace.training.restoring import RestoredTrainer, Survival

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from interlace.data.store import Store
 from interlace.errors import InputError
+from interlace.files import write_whole
 from interlace.ranks import Ranks
-from interlace.training.checkpoint import write_whole
 
 _SECONDS_PER_PART = 60
 ABOUT_FILE = "about.json"

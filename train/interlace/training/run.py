@@ -19,6 +19,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
+from interlace.files import write_whole
 from interlace.model import pissa
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
@@ -28,7 +29,7 @@ from interlace.ranks import Ranks
 from interlace.redaction import without_secrets
 from interlace.training.answering import Answers, questions
 from interlace.training.caching import attach_feature_cache, memory_given_back
-from interlace.training.checkpoint import ANSWERS_FOLDER, STATE_FILE, Checkpoint, Saver, newest_step, point_latest, write_whole
+from interlace.training.checkpoint import ANSWERS_FOLDER, STATE_FILE, Checkpoint, Saver, newest_step, point_latest
 from interlace.training.lock import FolderLock
 from interlace.training.model_card import write_model_card
 from interlace.training.nodes import check_nodes, meet

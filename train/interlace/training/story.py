@@ -14,6 +14,7 @@ from interlace.data.dataset import Rows
 from interlace.data.ledger import Ledger
 from interlace.data.sources import Source
 from interlace.errors import InputError
+from interlace.files import write_whole
 from interlace.redaction import readable, without_secrets
 from interlace.training.checkpoint import REPORT_FILE
 from interlace.training.preflight import forecast_run
@@ -83,9 +84,7 @@ def _write(
         rows=report,
         processing=trainer.processing,
     )
-    scratch = output_dir / f".{REPORT_FILE}"
-    scratch.write_text(page(story), encoding="utf-8", errors="backslashreplace")  # a file name may hold bytes that are no text
-    scratch.replace(output_dir / REPORT_FILE)
+    write_whole(output_dir / REPORT_FILE, page(story))
     say(f"  the run's story                  {output_dir / REPORT_FILE}")
 
 
