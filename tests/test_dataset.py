@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from interlace.data import dataset as dataset_module
 from interlace.data import places
 from interlace.data.batch import Collator, NumberedRows
-from interlace.data.dataset import Rows, check_ledger, ledger_of, make_stores
+from interlace.data.dataset import Rows, ledger_of, make_stores
 from interlace.data.formats import FORMATS
-from interlace.data.ledger import Entry, Ledger
+from interlace.data.ledger import Entry, Ledger, check_ledger
 from interlace.data.lengths import expand, expanded_length, fit
 from interlace.data.packing import Plan, PlanLoader
 from interlace.data.places import MediaFolder, locate

@@ -15,7 +15,8 @@ import evaluate_model
 from interlace.data.media import open_images
 from interlace.data.reading import Outcome, Row
 from interlace.data.sample import Place
-from interlace.inference.diagnostics import Ablated, Ablations, ablate, diagnosis, insensitive, partners, shuffled, some_of, spans_of, traded, write_diagnosis
+from interlace.inference.ablations import Ablations, ablate, partners, shuffled, some_of, spans_of, traded
+from interlace.inference.diagnostics import Ablated, diagnosis, insensitive, write_diagnosis
 from interlace.inference.evaluation import predict, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator
 from interlace.ranks import Ranks
@@ -260,7 +261,7 @@ def test_every_changed_question_is_asked_once(demo: tuple[Generator, list[Outcom
         questions.extend(outcomes)
         return predict(generator, outcomes, batch_size, max_new_tokens)
 
-    monkeypatch.setattr("interlace.inference.diagnostics.predict", count)
+    monkeypatch.setattr("interlace.inference.ablations.predict", count)
     ablated = ablate(generator, rows, predict(generator, rows, 8, 12), ["shuffled", "references", "blanked"], 8, 12)
     assert len(ablated) == 2 + 5 and len(questions) == 1 + 4
     assert len({outcome.sample.identifier for outcome in questions if outcome.sample is not None}) == 5

@@ -207,33 +207,39 @@ def test_two_processes_equal_one_in_every_mix(make_case: MakeCase, folder: Path)
 
 
 @NEEDS_COMPILER
-def test_the_plan_evaluation_and_tiles_under_every_engine(make_case: MakeCase, folder: Path) -> None:
-    """The trainer's own plan (rows that do not divide, packed lengths that differ); evaluation on unequal rows; a model that cuts images into tiles, and one
-    whose projector holds a weight of its own that no layer calls (Gemma 3)."""
+def test_the_plan_and_evaluation_under_every_engine(make_case: MakeCase, folder: Path) -> None:
+    """The trainer's own plan (rows that do not divide, packed lengths that differ); evaluation on unequal rows."""
     rows = json.loads((folder / "data" / "rows.json").read_text())
     (folder / "data" / "few.json").write_text(json.dumps(rows[:7]))
     dataset: dict[str, list[dict[str, Any]]] = {"train": [{"data_files": str(folder / "data" / "rows.json"), "sampling_strategy": "first:23"}]}
     dataset["eval"] = [{"data_files": str(folder / "data" / "few.json")}]
     planned = {"dataset": dataset, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "per_device_train_batch_size": 3}
     cases = [make_case(f"{engine} planned", engine, None, planned) for engine in ENGINES]
-    (folder / "tiles").mkdir()
-    tiles = {"model_name_or_path": str(make_model("llava_next", folder / "tiles")), "max_length": 3000}
-    cases += [make_case(f"{engine} tiles", engine, MIXES[:4], tiles) for engine in ENGINES]
-    (folder / "gemma").mkdir()
-    gemma = {"model_name_or_path": str(small_families.make_model("gemma3", folder / "gemma")), "max_length": 3000, "learning_rate": 1e-3}
-    cases += [make_case(f"{engine} gemma", engine, MIXES[:4], gemma) for engine in ("zero3", "fsdp2")]
     results = launch(cases, folder)
     first = Plain(cases[0]["arguments"])
     first.args.gradient_accumulation_steps = 2  # of one process, for one of each of two
     config = first.processing.config
     steps = [[step] for step in training_plan(first.rows, config, step_costs(empty_model(config, first.arguments)), first.arguments, first.args).steps(0)[:3]]
-    for case in cases[: len(ENGINES)]:
+    for case in cases:
         plain = assert_equals_plain(case, results, steps)
         few = plain.rows_of(dataset["eval"])
         with torch.no_grad():
             expected = float(plain.loss(few, [[row] for row in range(7)]))
         assert outcome(case, results)[0]["eval"] == [pytest.approx(expected, rel=1e-5)], case["name"]
-    for case in cases[len(ENGINES) :]:
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_tiles_and_weights_that_no_layer_calls_under_every_engine(make_case: MakeCase, folder: Path) -> None:
+    """A model that cuts images into tiles, and one whose projector holds a weight of its own that no layer calls (Gemma 3)."""
+    (folder / "tiles").mkdir()
+    tiles = {"model_name_or_path": str(make_model("llava_next", folder / "tiles")), "max_length": 3000}
+    cases = [make_case(f"{engine} tiles", engine, MIXES[:4], tiles) for engine in ENGINES]
+    (folder / "gemma").mkdir()
+    gemma = {"model_name_or_path": str(small_families.make_model("gemma3", folder / "gemma")), "max_length": 3000, "learning_rate": 1e-3}
+    cases += [make_case(f"{engine} gemma", engine, MIXES[:4], gemma) for engine in ("zero3", "fsdp2")]
+    results = launch(cases, folder)
+    for case in cases:
         assert_equals_plain(case, results, MIXES[:4])
 
 

@@ -25,9 +25,9 @@ from interlace.data.sample import Image, Sample, Text, Turn, Video, with_frames
 from interlace.data.sources import read_entries
 from interlace.data.splitting import split
 from interlace.data.template import ChatTemplate
+from interlace.inference.ablations import Ablations
 from interlace.inference.attaching import Attachments
 from interlace.inference.choices import rank_choices
-from interlace.inference.diagnostics import Ablations
 from interlace.inference.dialogue import Dialogue
 from interlace.inference.evaluation import predict, question_of, read_questions
 from interlace.inference.generation import Generator, load_generator

@@ -16,8 +16,9 @@ import pytest
 import evaluate_model
 from interlace.data.reading import Outcome
 from interlace.data.sample import Place
+from interlace.inference.ablations import ablate
 from interlace.inference.comparison import compare
-from interlace.inference.diagnostics import ablate, diagnosis
+from interlace.inference.diagnostics import diagnosis
 from interlace.inference.evaluation import predict, read_questions
 from interlace.inference.generation import load_generator
 from interlace.inference.metrics import score

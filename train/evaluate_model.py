@@ -15,45 +15,44 @@ ABLATIONS = ("shuffled", "references", "blanked", "dropped", "swapped")
 
 def main() -> None:
     options = read_options()
-    from interlace.inference.choices import rank_choices
     from interlace.inference.comparison import comparison_table, matched, read_earlier, write_comparison
-    from interlace.inference.diagnostics import ablate, diagnosis_table, write_diagnosis
-    from interlace.inference.evaluation import predict, prediction_of, read_questions
-    from interlace.inference.generation import load_generator
-    from interlace.inference.partial import PartialPredictions, fingerprint_of
+    from interlace.inference.diagnostics import diagnosis_table, write_diagnosis
     from interlace.inference.references import read_expected, with_references
     from interlace.inference.report import Evaluation, write_report
-    from interlace.ranks import Ranks, join
 
     entry = {"data_files": options.data_files, "image_folder": options.image_folder, "split": options.split}
     earlier = None if options.compare_with is None else read_earlier(options.compare_with, options.output_dir)
-    ranks, questions, ablated, partials = join() if options.predictions is None else Ranks(), None, [], []
+    questions, ablated, partials = None, [], ()
     if options.predictions is not None:
         predictions = read_predictions(options.predictions, options.metric, needs_reference=not options.data_files)
         if options.data_files:
             predictions, others = with_references(predictions, read_expected(entry))
             print(f"{others:,} predictions named another reference; the data's count\n" * bool(others), end="")
-    else:
+    else:  # from here on it takes torch
+        from interlace.inference.ablations import ablate
+        from interlace.inference.choices import rank_choices
+        from interlace.inference.evaluation import predict, prediction_of, read_questions
+        from interlace.inference.generation import load_generator
+        from interlace.inference.partial import kept_answers
+        from interlace.ranks import join
+
+        ranks, sizes = join(), (options.batch_size, options.max_new_tokens)
         generator = load_generator(options.model_path, options.dtype, options.load_in_4bit, options.load_in_8bit, options.fsdp)
         questions = read_questions(entry, generator, vars(options), options.metric, ranks)
         if earlier is not None:
             matched(earlier, [prediction_of(question, "") for question in questions])  # rather now than after hours
-        sizes = options.batch_size, options.max_new_tokens
         if options.rank_choices:
             predictions = rank_choices(generator, questions, options.batch_size, ranks)
         else:
-            settings = {name: getattr(options, name) for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")}
-            fingerprint = fingerprint_of(options.model_path, questions, settings)
-            asked = f"{fingerprint}-{options.seed}-{options.diagnose_rows}-{'-'.join(options.diagnose or ABLATIONS)}"
-            partials = [PartialPredictions(options.output_dir, name, ranks.rank) for name in (fingerprint, asked)]
+            partials = kept_answers(vars(options), questions, ranks.rank)
             predictions = predict(generator, questions, *sizes, partials[0], ranks)
-    earlier = None if earlier is None else matched(earlier, predictions)
-    if ranks.is_main:
+    earlier, is_main = earlier and matched(earlier, predictions), options.predictions is not None or ranks.is_main
+    if is_main:
         metrics = write_scores(options.output_dir, predictions)
         print(metrics_table(metrics))
     if options.diagnose is not None:
-        ablated = ablate(generator, questions, predictions, options.diagnose or ABLATIONS, *sizes, options.diagnose_rows, options.seed, partials[1], ranks)
-    if not ranks.is_main:
+        ablated = ablate(generator, questions, predictions, options.diagnose, *sizes, options.diagnose_rows, options.seed, partials[1], ranks)
+    if not is_main:
         return
     for partial in partials:
         partial.remove()
@@ -101,6 +100,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--fsdp", action="store_true", help="torchrun's processes share the weights: for a model that does not fit on one GPU")
     options = parser.parse_args()
     check_frames(options.num_frames, options.video_fps)
+    options.diagnose = list(ABLATIONS) if options.diagnose == [] else options.diagnose
     problems = {
         f"--metric: no metric {options.metric!r}{did_you_mean(str(options.metric), METRICS)}; expected one of {NAMES}": options.metric not in (None, *METRICS),
         "--batch-size and --max-new-tokens: expected at least 1": min(options.batch_size, options.max_new_tokens) < 1,

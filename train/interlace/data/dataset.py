@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,14 +19,12 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from interlace.data.ledger import Entry, Ledger
-from interlace.data.lengths import TooLong
-from interlace.data.reading import EXCLUDED, Headers, Record, Row, RowReader
+from interlace.data.ledger import Entry, Ledger, check_ledger
+from interlace.data.reading import Headers, Record, Row, RowReader
 from interlace.data.sources import Source
 from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, content_of, to_batch
 from interlace.errors import InputError
 
-_SHOWN = 20
 _ROWS_PER_CHUNK = 256
 _ROWS_WITH_MEDIA_PER_CHUNK = 32  # rows of tables and archives hold whole images
 _SMALL_BYTES = 1 << 20  # below this, starting workers takes longer than reading
@@ -235,30 +233,6 @@ class _Making:
     def drop(self) -> None:
         self.writer.close()
         shutil.rmtree(self.scratch)
-
-
-def check_ledger(ledger: Ledger, too_long: TooLong, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> None:
-    """Holds the ledger against the policy; over-long rows are no bad rows, nor are those that a list leaves out.
-
-    Raises:
-        InputError: bad rows (or over-long ones) that the policy does not allow, listed with file and index; or no row is left.
-    """
-    skipped = Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
-    too_long_rows, _ = skipped.pop("too_long", 0), skipped.pop(EXCLUDED, 0)
-    bad, long = skipped.total(), too_long_rows if too_long == "error" else 0
-    allowed = 0 if bad_rows == "error" else bad if max_bad_rows is None else max_bad_rows
-    if bad > allowed or long:
-        fatal = [
-            e
-            for e in ledger.entries
-            if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason not in ("too_long", EXCLUDED) and bad > allowed))
-        ]
-        lines = [f"{entry.file}: row {entry.index}: {entry.reason}: {entry.detail}" for entry in fatal[:_SHOWN]]
-        more = f"\n  and {len(fatal) - _SHOWN:,} more" if len(fatal) > _SHOWN else ""
-        remedy = "mend them, or set bad_rows: skip to leave them out and list them" if bad_rows == "error" else f"max_bad_rows is {max_bad_rows}"
-        raise InputError(f"{len(fatal):,} of {ledger.rows:,} rows cannot be used; {remedy}\n  " + "\n  ".join(lines) + more)
-    if ledger.rows == ledger.skipped:
-        raise InputError(f"no row is left to use: {ledger.summary()}")
 
 
 def describe_formats(stores: Sequence[Store]) -> list[str]:

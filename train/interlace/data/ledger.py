@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from interlace.errors import InputError
 from interlace.redaction import readable
 
 Status = Literal["trained", "shortened", "skipped"]
+EXCLUDED = "excluded_by_list"  # the reason of rows that the user leaves out
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +63,27 @@ class Ledger:
                 file.write(f"{',' if number else ''}\n  {readable(text) if '://' in text else text}")
             file.write("\n ]\n}\n")
         scratch.replace(path)
+
+
+def check_ledger(ledger: Ledger, too_long: str, bad_rows: Literal["error", "skip"], max_bad_rows: int | None) -> None:
+    """Holds the ledger against the policy; over-long rows are no bad rows, nor are those that a list leaves out.
+
+    Raises:
+        InputError: bad rows (or over-long ones) that the policy does not allow, listed with file and index; or no row is left.
+    """
+    skipped = Counter(entry.reason for entry in ledger.entries if entry.status == "skipped")
+    too_long_rows, _ = skipped.pop("too_long", 0), skipped.pop(EXCLUDED, 0)
+    bad, long = skipped.total(), too_long_rows if too_long == "error" else 0
+    allowed = 0 if bad_rows == "error" else bad if max_bad_rows is None else max_bad_rows
+    if bad > allowed or long:
+        fatal = [
+            e
+            for e in ledger.entries
+            if e.status == "skipped" and ((e.reason == "too_long" and long) or (e.reason not in ("too_long", EXCLUDED) and bad > allowed))
+        ]
+        lines = [f"{entry.file}: row {entry.index}: {entry.reason}: {entry.detail}" for entry in fatal[:_SHOWN]]
+        more = f"\n  and {len(fatal) - _SHOWN:,} more" if len(fatal) > _SHOWN else ""
+        remedy = "mend them, or set bad_rows: skip to leave them out and list them" if bad_rows == "error" else f"max_bad_rows is {max_bad_rows}"
+        raise InputError(f"{len(fatal):,} of {ledger.rows:,} rows cannot be used; {remedy}\n  " + "\n  ".join(lines) + more)
+    if ledger.rows == ledger.skipped:
+        raise InputError(f"no row is left to use: {ledger.summary()}")

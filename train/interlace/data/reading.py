@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from interlace.data.formats import FORMATS, recognise
-from interlace.data.ledger import Entry
+from interlace.data.ledger import EXCLUDED, Entry
 from interlace.data.lengths import ImageTokens, TooLong, VideoTokens, expanded_length, fit, longest_path, media_tokens, most_frames, prefix_of
 from interlace.data.media import check_image
 from interlace.data.places import Finder, MediaFolder, frame_folder
@@ -19,7 +19,6 @@ from interlace.data.video import VideoIndex, check_video, choose_frames, choose_
 
 Kind = Literal["supervised", "preference"]
 _MOST_REMEMBERED = {"check_image": 50_000, "check_video": 500}  # a long video's index takes 100 kB
-EXCLUDED = "excluded_by_list"  # the reason of rows that the user leaves out
 _VERSION = 8  # raise it when the same record would make another row: rows on disk are made anew
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
-from interlace.data.dataset import check_ledger, default_cache_dir
-from interlace.data.ledger import Ledger
+from interlace.data.dataset import default_cache_dir
+from interlace.data.ledger import Ledger, check_ledger
 from interlace.data.places import MediaFolder
 from interlace.data.reading import Outcome, Row, RowReader, records_of
 from interlace.data.sample import BadRow, Sample

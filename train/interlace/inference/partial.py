@@ -46,6 +46,17 @@ class PartialPredictions:
             path.unlink(missing_ok=True)
 
 
+def kept_answers(options: Mapping[str, Any], outcomes: Sequence[Outcome], rank: int) -> tuple[PartialPredictions, PartialPredictions]:
+    """Where the answers to some rows are kept, and those to the same rows with images changed.
+
+    Args:
+        options: of evaluate_model.py.
+    """
+    answered = fingerprint_of(options["model_path"], outcomes, {name: options[name] for name in ("max_new_tokens", "dtype", "load_in_4bit", "load_in_8bit")})
+    changed = f"{answered}-{options['seed']}-{options['diagnose_rows']}-{'-'.join(options['diagnose'] or ())}"
+    return PartialPredictions(options["output_dir"], answered, rank), PartialPredictions(options["output_dir"], changed, rank)
+
+
 def fingerprint_of(model_path: str, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> str:
     """A hash of the model's files by name, size and time, of the rows and their media by name, and of settings: 16 hexadecimal digits."""
     path = resolve_model_path(model_path)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interlace.data.dataset import check_ledger
-from interlace.data.ledger import Entry, Ledger
+from interlace.data.ledger import Entry, Ledger, check_ledger
 from interlace.data.reading import Record, parse, records_of
 from interlace.data.sample import BadRow, Sample, Video, media_of
 from interlace.data.sources import read_entries

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from interlace.arguments import Arguments, did_you_mean
 from interlace.data.batch import PackedBatch
-from interlace.data.dataset import Rows, check_ledger, open_rows
-from interlace.data.ledger import Ledger
+from interlace.data.dataset import Rows, open_rows
+from interlace.data.ledger import Ledger, check_ledger
 from interlace.data.packing import Plan
 from interlace.data.reading import Kind, RowReader, wanted_kind
 from interlace.data.sources import read_entries
