@@ -245,13 +245,20 @@ def test_tiles_and_weights_that_no_layer_calls_under_every_engine(make_case: Mak
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["lora", "tower"])
+@pytest.mark.parametrize("variant", ["lora", "tower", "videos"])
 def test_every_engine_answers_as_one_process_does(make_case: MakeCase, folder: Path, variant: str) -> None:
-    """Rows with and without images, so that towers are called by all ranks or none; before, and after a step, whose gradients must not be touched by it."""
-    dataset = {"train": [{"data_files": str(folder / "data" / "rows.json")}], "eval": [{"data_files": str(folder / "data" / "rows.json")}]}
+    """Rows with and without images, so that towers are called by all ranks or none; before, and after a step, whose gradients must not be touched by it. And a
+    model whose answers begin with features, behind which it has a weight of its own (LLaVA-OneVision's newline)."""
+    rows, own = folder / "data" / "rows.json", {}
+    if variant == "videos":
+        (folder / "videos").mkdir()
+        own = {"model_name_or_path": str(make_model("llava_onevision", folder / "videos")), "max_length": 3000}
+        own |= {"tunable_parts": ALL_PARTS, "learning_rate": 1e-5}  # in small steps: its gradients are large
+        rows = with_videos(rows)
+    dataset = {"train": [{"data_files": str(rows)}], "eval": [{"data_files": str(rows)}]}
     asks = {"dataset": dataset, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_generate": True, "eval_generate_rows": 11}
     asks |= {"per_device_eval_batch_size": 3, "eval_generate_max_new_tokens": 6}
-    changes = VARIANTS[variant] | asks
+    changes = VARIANTS.get(variant, {}) | own | asks
     cases = [make_case(f"{variant} {engine} asked", engine, MIXES, changes | {"output_dir": str(folder / f"{variant} {engine} out")}) for engine in ENGINES]
     for case in cases:
         Path(case["arguments"]["output_dir"]).mkdir()
@@ -266,6 +273,20 @@ def test_every_engine_answers_as_one_process_does(make_case: MakeCase, folder: P
         expected = predict(Generator(model, plain.processing, plain.args.device), outcomes, 11, 6)
     assert [json.loads(line) for line in answered[-1].splitlines()] == expected
     assert len(expected) == 11
+
+
+def with_videos(rows: Path) -> Path:
+    """The same rows, three images as a video of three frames."""
+    changed = json.loads(rows.read_text())
+    for row in changed:
+        if len(row.get("image", ())) == 3:
+            row["videos"] = [row.pop("image")]
+            for turn in row["conversations"]:
+                first, *others = turn["value"].split("<image>")
+                turn["value"] = "<video>".join([first, "".join(others)]) if others else first
+    path = rows.with_name("videos.json")
+    path.write_text(json.dumps(changed))
+    return path
 
 
 def in_one(steps: Steps) -> Steps:

@@ -173,7 +173,10 @@ class Generator:
         features = family.features(model.config, tower, pixels, grids)
         projected = family.project(model.model, features.to(_dtype(model.model.get_submodule(family.projector[0]))))
         tiles = projected.split([family.num_tiles(model.config, *image) for image in zip(sizes, filled, strict=True)])
-        rows = [image.flatten(0, 1) for image in tiles] if family.tiling is None else family.tiling.assemble(model.model, tiles, sizes, filled)
+        if family.tiling is None:
+            rows = [image.flatten(0, 1) for image in tiles]
+        else:
+            rows = family.tiling.assemble(model.model, getattr(model.model, family.tiling.newline), tiles, sizes, filled)
         assert [len(image) for image in rows] == filled
         return rows
 

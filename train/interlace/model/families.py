@@ -22,12 +22,12 @@ class Tiling:
     """What a family whose tiles are put together with more than they hold has besides.
 
     newline: name of the parameter, inside `PreTrainedModel.model`, that ends a row of features.
-    assemble: (`PreTrainedModel.model`, projected features (tiles, tokens, width) of each image, (height, width) and number of tokens of each) ->
-    (tokens, width) of each.
+    assemble: (`PreTrainedModel.model`, that parameter, projected features (tiles, tokens, width) of each image, (height, width) and number of tokens of
+    each) -> (tokens, width) of each.
     """
 
     newline: str
-    assemble: Callable[[Any, Sequence[torch.Tensor], Sizes, Sequence[int]], list[torch.Tensor]]
+    assemble: Callable[[Any, torch.Tensor, Sequence[torch.Tensor], Sizes, Sequence[int]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)

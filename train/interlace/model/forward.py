@@ -85,6 +85,19 @@ class FrozenTower:
         return self.family.features(self.config, self.module, pixel_values.to(parameter.dtype), grids)
 
 
+class OwnWeight(nn.Module):
+    """A weight that another module holds and no layer uses, behind a call of its own: an engine that slices weights makes it whole for a module's call, in the
+    backward pass too. (DeepSpeed finds weights that are used elsewhere by itself; but not again in the step after an evaluation.)"""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> torch.Tensor:
+        """A copy of the weight."""
+        return self.weight.clone()
+
+
 class PackedModel(nn.Module):
     """The part of a vision-language model that is wrapped for training: everything, except a frozen vision tower.
 
@@ -97,6 +110,7 @@ class PackedModel(nn.Module):
         self.model = model
         self.config = model.config
         self.family, self.head = family_of(model.config), RowHead()
+        self.newline = None if self.family.tiling is None else OwnWeight(getattr(model.model, self.family.tiling.newline))
         self.use_attention("sdpa")
         last = self._layers[-1]
         added_behind = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))  # to all tokens, so these layers stay whole
@@ -188,8 +202,10 @@ class PackedModel(nn.Module):
             return projected[image_index].flatten(0, 1)
         num_tiles = [self.family.num_tiles(self.config, *image) for image in zip(image_sizes, image_tokens, strict=True)]
         tiles = projected.split(num_tiles)
-        tiling = self.family.tiling
-        images = [image.flatten(0, 1) for image in tiles] if tiling is None else tiling.assemble(self.model.model, tiles, image_sizes, image_tokens)
+        if self.family.tiling is None or self.newline is None:
+            images = [image.flatten(0, 1) for image in tiles]
+        else:
+            images = self.family.tiling.assemble(self.model.model, self.newline(), tiles, image_sizes, image_tokens)
         assert [len(image) for image in images] == list(image_tokens)
         lengths = torch.tensor(image_tokens, device=projected.device)
         at_place = lengths[image_index]
@@ -206,8 +222,8 @@ class PackedModel(nn.Module):
         else:
             features = torch.zeros(1, 1, self.family.feature_width(self.config), device=like.device)
         total = self.family.project(self.model.model, features.to(self._projector_dtype)).sum()
-        if self.family.tiling is not None:
-            total = total + getattr(self.model.model, self.family.tiling.newline).sum()
+        if self.newline is not None:
+            total = total + self.newline().sum()
         return 0 * total.to(like.dtype)
 
     def _tower_features(self, pixel_values: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -276,15 +276,17 @@ def onevision_processor(config: PretrainedConfig) -> dict[str, Any]:
     return {"vision_feature_select_strategy": strategy, "num_image_tokens": tokens, "vision_aspect_ratio": config.vision_aspect_ratio}
 
 
-def next_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]) -> list[torch.Tensor]:
+def next_assemble(model: Any, newline: torch.Tensor, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]) -> list[torch.Tensor]:
     """See `Tiling.assemble`."""
     strategy = model.config.vision_feature_select_strategy
-    return model.pack_image_features(features, image_sizes, vision_feature_select_strategy=strategy, image_newline=model.image_newline)[0]
+    return model.pack_image_features(features, image_sizes, vision_feature_select_strategy=strategy, image_newline=newline)[0]
 
 
-def onevision_assemble(model: Any, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]) -> list[torch.Tensor]:
+def onevision_assemble(
+    model: Any, newline: torch.Tensor, features: Sequence[torch.Tensor], image_sizes: Grids, image_tokens: Sequence[int]
+) -> list[torch.Tensor]:
     """See `Tiling.assemble`; of videos as in `get_video_features` of transformers."""
-    tiles, most, newline = onevision_tiles(model.config), model.config.vision_aspect_ratio, model.image_newline
+    tiles, most = onevision_tiles(model.config), model.config.vision_aspect_ratio
     rows: list[torch.Tensor] = []
     for are_frames, group in groupby(range(len(features)), key=lambda number: tiles.is_frame(image_tokens[number])):
         numbers = list(group)

@@ -26,6 +26,7 @@ from interlace.inference.metrics import score
 from interlace.model.loading import Processing
 from interlace.model.tuning import TunedModel
 from interlace.ranks import Ranks
+from interlace.training.fragments import gathered
 
 _MOST_DATASETS = 20  # that are logged one by one
 _MOST_EXAMPLES = 16  # that trackers show
@@ -132,7 +133,8 @@ def questions(rows: Sequence[Row], entries: Sequence[Mapping[str, Any]], reader:
 
 @contextmanager
 def generating(tuned: TunedModel, args: TrainingArguments) -> Iterator[PreTrainedModel]:
-    """The model as `generate` takes it: with its tower, transformers' own attention and, where FSDP has sliced it, its outer weights whole."""
+    """The model as `generate` takes it: with its tower, transformers' own attention and, where an engine has sliced it, those weights whole that are used
+    outside of any module's call."""
     packed, model = tuned.packed, tuned.base
     was_training, attention = packed.training, model.config.get_text_config()._attn_implementation
     packed.eval()
@@ -142,11 +144,15 @@ def generating(tuned: TunedModel, args: TrainingArguments) -> Iterator[PreTraine
         tuned.tower.attach_to(model)
     if isinstance(packed, FSDPModule):
         packed.unshard()
+    whole = {} if packed.newline is None or packed.family.tiling is None else {packed.family.tiling.newline: gathered(packed.newline.weight)}
+    vars(model.model).update(whole)  # found before the parameter of the same name
     compute = torch.bfloat16 if args.bf16 else torch.float16
     try:
         with torch.autocast(args.device.type, compute, enabled=args.bf16 or args.fp16):
             yield model
     finally:
+        for name in whole:
+            del vars(model.model)[name]
         if isinstance(packed, FSDPModule):
             packed.reshard()
         if tuned.tower is not None:

@@ -150,7 +150,7 @@ def full_parameters(model: nn.Module, frozen: bool = False) -> Iterator[tuple[st
         yield run.name, value.view(run.shape) if first else None
     for name, parameter in _unwrapped(model).named_parameters():
         if name not in done and (parameter.requires_grad or frozen):
-            value = _gathered(parameter)
+            value = gathered(parameter)
             yield name, value if first else None
 
 
@@ -271,7 +271,8 @@ def _spread_weights(model: nn.Module) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _gathered(parameter: nn.Parameter) -> torch.Tensor:
+def gathered(parameter: nn.Parameter) -> torch.Tensor:
+    """A weight as a whole, from all ranks, which call it together."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
