@@ -227,15 +227,38 @@ def test_every_kind_of_file(tmp_path: Path, interleave: tuple[Path, Weights], fo
     assert_same_model(load_model(str(folder), torch.float32).eval(), make_model("interleave"))
 
 
+PADDLE_CLIP = {  # of `_get_name_mappings` in PaddleMIX's paddlemix/models/llava/clip_model.py: transformers' names, those of its own CLIP
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding.weight",
+    "pre_layrnorm.weight": "ln_pre.weight",
+    "pre_layrnorm.bias": "ln_pre.bias",
+    "post_layernorm.weight": "ln_post.weight",
+    "post_layernorm.bias": "ln_post.bias",
+}
+for _layer in range(3):
+    for _part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+        PADDLE_CLIP |= {f"encoder.layers.{_layer}.{_part}.{end}": f"transformer.layers.{_layer}.{_part}.{end}" for end in ("weight", "bias")}
+    for _part, _other in (("mlp.fc1", "linear1"), ("mlp.fc2", "linear2"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2")):
+        PADDLE_CLIP |= {f"encoder.layers.{_layer}.{_part}.{end}": f"transformer.layers.{_layer}.{_other}.{end}" for end in ("weight", "bias")}
+
+
 def paddle_form(weights: Weights, start: str) -> dict[str, Any]:
-    """As Paddle stores them: linear layers transposed, bfloat16 as the numbers of its bits, the language model under its own name."""
+    """As Paddle stores them: linear layers transposed, bfloat16 as the numbers of its bits, the language model and a CLIP tower under their own names."""
     found: dict[str, Any] = {"StructuredToParameterName@@": {"a": "b"}}
+    tower = "model.vision_tower.vision_tower.vision_model."
     for name, tensor in weights.items():
-        if name.endswith("weight") and tensor.dim() == 2 and "embed_tokens" not in name and "position_embedding" not in name:
-            tensor = tensor.T
-        bits = tensor.contiguous().bfloat16().view(torch.uint16)
-        found[name.replace("model.", f"{start}.", 1) if name.startswith("model.") else name] = bits.numpy()
+        if start == "llama" and name.startswith(tower):
+            found[f"llama.vision_tower.vision_tower.vision_model.{PADDLE_CLIP[name.removeprefix(tower)]}"] = paddle_array(name, tensor)
+        else:
+            found[name.replace("model.", f"{start}.", 1) if name.startswith("model.") else name] = paddle_array(name, tensor)
     return found
+
+
+def paddle_array(name: str, tensor: torch.Tensor) -> Any:
+    if name.endswith("weight") and tensor.dim() == 2 and "embed_tokens" not in name and "position_embedding" not in name:
+        tensor = tensor.T
+    return tensor.contiguous().bfloat16().view(torch.uint16).numpy()
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -247,6 +270,20 @@ def test_paddle_s_weights(tmp_path: Path, kind: str, model: PreTrainedModel, wei
     large = [tensor for tensor in stored_tensors(folder).values() if tensor.nbytes >= 1 << 16]
     assert large
     assert load_model(str(folder), "auto").dtype == torch.float32  # as config.json says
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    assert_same_model(load_model(str(folder), torch.float32).eval(), model)
+
+
+def test_paddle_s_weights_in_several_files(tmp_path: Path) -> None:
+    model = make_model("llava_v1_6")
+    folder = write_original(tmp_path / "original", "llava_v1_6", original_weights(model, "llava_v1_6"))
+    content = paddle_form(load_file(folder / "model.safetensors"), "llama")
+    (folder / "model.safetensors").unlink()
+    names = sorted(set(content) - {"StructuredToParameterName@@"})
+    files = {f"model_state-0000{number}-of-00002.pdparams": names[number - 1 :: 2] for number in (1, 2)}
+    for file, part in files.items():
+        (folder / file).write_bytes(pickle.dumps({name: content[name] for name in part}, 4))
+    (folder / "model_state.pdparams.index.json").write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
     model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
     assert_same_model(load_model(str(folder), torch.float32).eval(), model)
 

@@ -1,6 +1,7 @@
 """One model, several spellings of its weights' names: the hub's, transformers' in memory, and of LLaVA its authors' (lmms-lab)."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 TEXT_MODELS = {"LlavaQwenForCausalLM": "qwen2", "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}  # the authors' classes
@@ -17,6 +18,16 @@ NAMES = (  # original, hub
     ("model.vision_tower.vision_tower.vision_model.", VISION),
     ("model.image_newline", "image_newline"),
 )
+PADDLE_CLIP = (  # PaddleMIX's CLIP tower (its paddlemix/models/llava/clip_model.py), transformers'; behind what every name begins with
+    ("class_embedding", "embeddings.class_embedding"),
+    ("conv1.", "embeddings.patch_embedding."),
+    ("positional_embedding.", "embeddings.position_embedding."),
+    ("ln_pre.", "pre_layrnorm."),
+    ("ln_post.", "post_layernorm."),
+    ("transformer.layers.", "encoder.layers."),
+)
+PADDLE_CLIP_LAYER = {"linear1": "mlp.fc1", "linear2": "mlp.fc2", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+_PADDLE_START = re.compile(r"^(qwen2|llama|mistral)\.")
 Layout = tuple[tuple[str, str], ...]  # how names begin in memory, and on the hub
 LLAVA_LAYOUT: Layout = (
     ("model.language_model.", "language_model.model."),
@@ -73,6 +84,19 @@ def spellings(name: str, text_model: str, layout: Layout = LLAVA_LAYOUT) -> tupl
     hub = hub_name(f"{name}.", layout).removesuffix(".")
     original = original_name(f"{hub}.").removesuffix(".")
     return name, hub, original, original.replace("model.", f"{text_model}.", 1) if original.startswith("model.") else original
+
+
+def is_paddle(names: Iterable[str]) -> bool:
+    """Whether weights are named as PaddleMIX names them."""
+    return any(_PADDLE_START.match(name) for name in names)
+
+
+def original_of_paddle(name: str) -> str:
+    """PaddleMIX's name -> the authors'."""
+    name = _PADDLE_START.sub("model.", name)
+    start, tower, inside = name.partition("vision_tower.vision_tower.vision_model.")
+    found = next((theirs + inside.removeprefix(paddle) for paddle, theirs in PADDLE_CLIP if inside.startswith(paddle)), None)
+    return name if found is None else start + tower + ".".join(PADDLE_CLIP_LAYER.get(word, word) for word in found.split("."))
 
 
 def named_by_hub(name: str) -> str | None:

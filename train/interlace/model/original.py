@@ -33,9 +33,22 @@ from transformers import (
 )
 
 from interlace.errors import InputError
-from interlace.model.layouts import EMBEDDINGS, HEAD, LANGUAGE_MODELS, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, is_original, named_by_hub, original_name
+from interlace.model.layouts import (
+    EMBEDDINGS,
+    HEAD,
+    LANGUAGE_MODELS,
+    ROWS_ADDED,
+    TEXT_MODELS,
+    VISION,
+    hub_name,
+    is_original,
+    is_paddle,
+    named_by_hub,
+    original_name,
+    original_of_paddle,
+)
 from interlace.model.llava import with_aspect_ratio
-from interlace.model.weight_files import PADDLE_FILE, StoredTensor, stored_tensors
+from interlace.model.weight_files import StoredTensor, stored_tensors
 
 KEPT_SETTINGS, KEPT_WEIGHTS = "llava_config.json", "llava_kept.safetensors"  # what the hub layout has no place for, kept for the way back
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
@@ -125,8 +138,8 @@ def _new_projector(vision_width: int, embeddings: StoredTensor) -> dict[str, Sto
 
 def _renamed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
     """Tensors by hub names."""
-    if (folder / PADDLE_FILE).is_file():
-        stored = {re.sub(r"^(qwen2|llama|mistral)\.", "model.", name): _from_paddle(name, tensor) for name, tensor in stored.items()}
+    if is_paddle(stored):
+        stored = {original_of_paddle(name): _from_paddle(name, tensor) for name, tensor in stored.items()}
     tensors: dict[str, StoredTensor] = {}
     unknown = []
     for name, tensor in stored.items():
@@ -144,7 +157,7 @@ def _renamed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredT
 
 def _from_paddle(name: str, tensor: StoredTensor) -> StoredTensor:
     """Paddle's linear layers hold their weights as (in, out)."""
-    is_linear = len(tensor.shape) == 2 and name.endswith(".weight") and not re.search(r"(embed_tokens|position_embedding)\.weight$", name)
+    is_linear = len(tensor.shape) == 2 and name.endswith(".weight") and not re.search(r"(embed_tokens|position(al)?_embedding)\.weight$", name)
     return tensor.changed(tensor.shape[::-1], lambda values: values.T.contiguous()) if is_linear else tensor
 
 

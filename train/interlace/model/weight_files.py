@@ -58,15 +58,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: there are none, a file is missing or broken, or holds more than tensors (nothing in it is run).
     """
-    for pattern, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _torch_file)):
+    for pattern, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _torch_file), (PADDLE_FILE, _paddle_file)):
         index = folder / f"{pattern}.index.json"
         if (folder / pattern).is_file():  # as transformers looks: an index beside it is of an older model
             return _read(folder / pattern, read)
         if index.is_file():
             return _from_index(index, read)
-    if (folder / PADDLE_FILE).is_file():
-        return _read(folder / PADDLE_FILE, _paddle_file)
-    raise InputError(f"{folder}: no weights in this folder; expected model.safetensors, pytorch_model.bin (or an index of either) or {PADDLE_FILE}")
+    raise InputError(f"{folder}: no weights in this folder; expected model.safetensors, pytorch_model.bin or {PADDLE_FILE}, or an index of one of them")
 
 
 def _from_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
