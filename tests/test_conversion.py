@@ -363,6 +363,39 @@ def test_a_half_downloaded_model(tmp_path: Path, interleave: tuple[Path, Weights
         open_original(folder)
 
 
+def test_a_tokenizer_that_is_not_there(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
+    """transformers would make an empty one of whatever is missing."""
+    folder, hub = interleave[0], tmp_path / "hub"
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").unlink()
+    for files in ((), ("vocab.json",), ("merges.txt",)):
+        for name in files:
+            (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=r"expected tokenizer\.json; or tokenizer\.model; or vocab\.json with merges\.txt"):
+            to_hub(str(folder), hub)
+        for name in files:
+            (folder / name).unlink()
+    (folder / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"tokenizer cannot be loaded.*half-downloaded"):
+        to_hub(str(folder), hub)
+    (folder / "tokenizer.json").unlink()
+    write_llama_tokenizer(folder, True)
+    whole = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"tokenizer cannot be loaded.*half-downloaded"):
+        to_hub(str(folder), hub)
+    assert not hub.exists()
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
+    folder, size = interleave[0], len(AutoTokenizer.from_pretrained(DEMO_MODEL))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": size + i, "content": f"<|more_{i}|>"} for i in range(VOCABULARY)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"a tokenizer of {size + VOCABULARY} tokens, and a vocabulary of {VOCABULARY}"):
+        load_config(str(folder))
+
+
 def test_a_tower_from_elsewhere(tmp_path: Path, kind: str, model: PreTrainedModel, weights: Weights) -> None:
     """As the hub stores towers: SigLIP with a layer more than the originals use, and its pooling; text models beside them."""
     start = "model.vision_tower.vision_tower."

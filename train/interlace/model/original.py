@@ -52,6 +52,8 @@ from interlace.model.weight_files import StoredTensor, stored_tensors
 
 KEPT_SETTINGS, KEPT_WEIGHTS = "llava_config.json", "llava_kept.safetensors"  # what the hub layout has no place for, kept for the way back
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt", "tokenizer_config.json"))  # the files of one, any of which will do
+_MOST_ROWS_UNUSED = 1024  # of a vocabulary; Qwen's leave 290 and 418
 _HEAD_SIZES = {"siglip_vision_model": 72, "clip_vision_model": 64}  # SigLIP so400m; every CLIP
 
 
@@ -220,10 +222,17 @@ def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig
 
 def _tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerBase:
     """With `<image>`, and something to pad with."""
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):  # without them transformers makes an empty one
+        expected = "; or ".join(" with ".join(names) for names in _TOKENIZERS)
+        raise InputError(f"{folder}: no tokenizer in this folder, or half of one; expected {expected}; fetch the model once more")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: the tokenizer cannot be loaded: {error!r}; it may be half-downloaded: fetch it once more") from error
+    if not text.vocab_size - _MOST_ROWS_UNUSED < len(tokenizer) < text.vocab_size + ROWS_ADDED:
+        raise InputError(
+            f"{folder}: a tokenizer of {len(tokenizer)} tokens, and a vocabulary of {text.vocab_size} in config.json; fetch the model's own tokenizer"
+        )
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
