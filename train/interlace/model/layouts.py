@@ -47,14 +47,20 @@ INTERNVL_LAYOUT: Layout = (
 ROWS_ADDED = 64  # what the hub ports' vocabularies have more than the originals': room for `<image>`, in steps of 64
 
 
+def architecture(settings: Mapping[str, Any]) -> str:
+    """The class that a config.json is of; "" where it names none."""
+    named = settings.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 def is_original(settings: Mapping[str, Any]) -> bool:
     """Whether a config.json is in the authors' layout."""
-    return (settings.get("architectures") or [""])[0] in TEXT_MODELS
+    return architecture(settings) in TEXT_MODELS
 
 
 def is_language_model(settings: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a language model alone that LLaVA is made of."""
-    return (settings.get("architectures") or [""])[0] in LANGUAGE_MODELS
+    return architecture(settings) in LANGUAGE_MODELS
 
 
 def hub_name(name: str, layout: Layout = LLAVA_LAYOUT) -> str:

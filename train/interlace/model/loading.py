@@ -1,7 +1,6 @@
 """Models, tokenizers and image processors: loading what users have, in whichever layout."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing
-from interlace.model.weight_files import StoredTensor, stored_tensors
+from interlace.model.weight_files import StoredTensor, fingerprint, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
@@ -269,12 +268,9 @@ def weights_fingerprint(path: str) -> str:
     original = original_of(path)
     try:
         tensors = original.tensors if original else _named_as_on_hub(path)
-        content = hashlib.sha256()
-        for name in sorted(tensors):
-            content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
+        return fingerprint(tensors)
     except (InputError, OSError, HfHubHTTPError):
         return ""
-    return content.hexdigest()[:32]
 
 
 def _named_as_on_hub(path: str) -> dict[str, StoredTensor]:

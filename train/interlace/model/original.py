@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
@@ -36,10 +35,10 @@ from interlace.errors import InputError
 from interlace.model.layouts import (
     EMBEDDINGS,
     HEAD,
-    LANGUAGE_MODELS,
     ROWS_ADDED,
     TEXT_MODELS,
     VISION,
+    architecture,
     hub_name,
     is_original,
     is_paddle,
@@ -48,9 +47,9 @@ from interlace.model.layouts import (
     original_of_paddle,
 )
 from interlace.model.llava import with_aspect_ratio
+from interlace.model.original_settings import bare_settings, tower_settings
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
-KEPT_SETTINGS, KEPT_WEIGHTS = "llava_config.json", "llava_kept.safetensors"  # what the hub layout has no place for, kept for the way back
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt", "tokenizer_config.json"))  # the files of one, any of which will do
 _MOST_ROWS_UNUSED = 1024  # of a vocabulary; Qwen's leave 290 and 418
@@ -101,10 +100,12 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     settings, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), stored_tensors(folder)
     is_bare = not is_original(settings)
     if is_bare:
-        settings = _bare_settings(settings, vision_tower)
+        settings = bare_settings(settings)
     tensors, kept = _renamed(stored, folder), {}
     if not any(name.startswith(VISION) for name in tensors):
         tensors |= _tower_from(vision_tower or settings.get("mm_vision_tower") or "", folder)
+        if vision_tower is not None:
+            settings["unfreeze_mm_vision_tower"] = True  # it may be another than the one that the settings name
     if is_bare:
         tensors |= _new_projector(tensors[f"{VISION}embeddings.patch_embedding.weight"].shape[0], tensors[EMBEDDINGS])
     _check_projector(settings, tensors, folder)
@@ -112,20 +113,14 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     text = _text_config(settings, is_tied)
     tokenizer = _tokenizer(folder, text)
     vision = _vision_config(tensors, folder)
+    if is_bare:
+        settings |= tower_settings(vision, vision_tower or "")
     config = _config(settings, text, vision, tokenizer)
     if config.model_type == "llava" and "image_newline" in tensors:
         kept["model.image_newline"] = tensors.pop("image_newline")
     _pad_vocabulary(config, tensors, folder)
     _check_shapes(config, tensors, folder)
     return Original(folder, settings, config, tensors, kept, tokenizer)
-
-
-def _bare_settings(settings: Mapping[str, Any], vision_tower: str | None) -> dict[str, Any]:
-    """Of a language model alone, as LLaVA-1.5 begins: with a tower and a projector that has learned nothing."""
-    tower = {"mm_vision_tower": vision_tower, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
-    name = LANGUAGE_MODELS[settings["architectures"][0]]
-    model_type = {"qwen2": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[TEXT_MODELS[name]]
-    return {**settings, **tower, "architectures": [name], "model_type": model_type, "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 
 
 def _new_projector(vision_width: int, embeddings: StoredTensor) -> dict[str, StoredTensor]:
@@ -214,7 +209,7 @@ def _check_head(settings: Mapping[str, Any], tensors: dict[str, StoredTensor], f
 
 def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig:
     """Of the language model alone."""
-    kind: Any = CONFIG_MAPPING[TEXT_MODELS[settings["architectures"][0]]]
+    kind: Any = CONFIG_MAPPING[TEXT_MODELS[architecture(settings)]]
     own = {"model_type", "architectures", "transformers_version", "dtype", "tie_word_embeddings", "rope_parameters"}
     names = {*kind().to_dict(), "rope_theta", "rope_scaling"} - own
     return kind(tie_word_embeddings=is_tied, **{name: settings[name] for name in names & set(settings) if settings[name] is not None})  # type: ignore[no-any-return]
@@ -328,10 +323,3 @@ def _check_shapes(config: PretrainedConfig, tensors: Mapping[str, StoredTensor],
     ]
     if problems:
         raise InputError(f"{folder}: {len(problems)} weights do not fit config.json: {'; '.join(problems[:4])}{'; ..' * (len(problems) > 4)}")
-
-
-def keep_aside(original: Original, folder: Path) -> None:
-    """Writes what the way back needs and the hub layout has no place for."""
-    (folder / KEPT_SETTINGS).write_text(json.dumps(original.settings, indent=2) + "\n", encoding="utf-8")
-    if original.kept:
-        save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, folder / KEPT_WEIGHTS, {"format": "pt"})

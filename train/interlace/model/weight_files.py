@@ -1,5 +1,6 @@
 """Weights as they lie in files, whoever wrote them: what is there is known from headers, and each tensor is read by itself, when it is asked for."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -208,6 +209,14 @@ def _paddle_file(path: Path) -> dict[str, StoredTensor]:
         if isinstance(array.data, _Bytes) and array.data.offset + math.prod(array.shape) * array.dtype.itemsize > size:
             raise EOFError(f"it ends within {name}")
     return {name: StoredTensor(tuple(array.shape), _PADDLE[str(array.dtype)], partial(array.read, path)) for name, array in arrays.items()}
+
+
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """A hash of the names and the beginnings of weights, the same in every floating point type that holds them."""
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
+    return content.hexdigest()[:32]
 
 
 # --- writing ---
