@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Tokenizer
 
@@ -14,6 +15,7 @@ from interlace.model import original_settings as authors
 from interlace.model.conversion import to_hub, to_original
 from interlace.model.loading import load_config, load_model, load_processing
 from interlace.model.saving import copy_beside, save_model, save_processing
+from interlace.training.publishing import PUBLISHED
 from tests.test_conversion import VOCABULARY, make_model, original_settings, original_weights, write_original
 from tests.test_template import write_llama_tokenizer
 
@@ -86,10 +88,21 @@ def test_the_original_s_own_files_come_back(tmp_path: Path, write: Any) -> None:
 )
 def test_how_a_model_generates_reaches_the_hub_s_layout(tmp_path: Path, write: Any, expected: dict[str, Any]) -> None:
     """LLaVA-1.5's file asks for a temperature without sampling, which transformers reads and then refuses to write."""
-    to_hub(str(write(tmp_path / "original")), tmp_path / "hub")
+    source = write(tmp_path / "original")
+    to_hub(str(source), tmp_path / "hub")
     found = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub").generation_config
-    assert {name: getattr(found, name) for name in expected} == expected
     found.save_pretrained(tmp_path / "again")
+    shutil.copy(source / "generation_config.json", tmp_path / "hub")  # as a port may have it
+    for settings in (found, load_model(str(source), torch.float32).generation_config, load_model(str(tmp_path / "hub"), torch.float32).generation_config):
+        assert {name: getattr(settings, name) for name in expected} == expected
+        settings.save_pretrained(tmp_path / "again")
+
+
+def test_what_is_kept_is_published_with_the_model(tmp_path: Path) -> None:
+    to_hub(str(qwen_original(tmp_path / "original")), tmp_path / "hub")
+    kept = [str(file.relative_to(tmp_path / "hub")) for file in (tmp_path / "hub" / "llava_original").iterdir()]
+    assert len(kept) == 9
+    assert list(filter_repo_objects(kept, allow_patterns=list(PUBLISHED))) == kept
 
 
 def test_a_port_s_tokenizer_in_its_older_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from interlace.errors import InputError
 from interlace.model.kept import keep_aside, kept_settings, kept_weights
 from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, TEXT_MODELS, hub_name, original_name
-from interlace.model.loading import load_config, load_processing, local_folder, original_of
+from interlace.model.loading import generation_settings, load_config, load_processing, local_folder, original_of, sound_generation
 from interlace.model.original_settings import port_settings
 from interlace.model.original_tokenizer import write_tokenizer
 from interlace.model.saving import LICENCE_FILES, copy_files, save_config, save_processing
 from interlace.model.weight_files import StoredTensor, stored_tensors, write_sharded
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def to_hub(source: str, output_dir: Path, vision_tower: str | None = None, progress: Progress = iter) -> None:
@@ -45,17 +44,8 @@ def to_hub(source: str, output_dir: Path, vision_tower: str | None = None, progr
         save_processing(load_processing(str(scratch)), scratch)
         keep_aside(original, scratch)
         copy_files(folder, scratch, LICENCE_FILES)
-        _copy_generation(folder, scratch)
-
-
-def _copy_generation(folder: Path, output_dir: Path) -> None:
-    """How a model generates; without how it would sample if it did, as LLaVA-1.5's file has it: transformers refuses to save such a model."""
-    path = folder / "generation_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not settings.get("do_sample"):
-            settings = {name: value for name, value in settings.items() if name not in _SAMPLING}
-        (output_dir / path.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if generation := generation_settings(folder):
+            sound_generation(generation).save_pretrained(scratch)
 
 
 def to_original(source: str, output_dir: Path, progress: Progress = iter) -> list[str]:

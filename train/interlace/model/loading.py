@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +39,7 @@ PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system pro
 PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
 
 
@@ -239,8 +241,30 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
     model, report = loaded
+    generation = model.generation_config if original is None else generation_settings(original.folder)
+    model.generation_config = sound_generation(generation or model.generation_config)
     _check_complete(path, model, report)
     return model
+
+
+def generation_settings(folder: Path) -> GenerationConfig | None:
+    """How a model generates, if its folder says so.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'generation_config.json'} cannot be read: {error}; fetch it once more") from None
+
+
+def sound_generation(settings: GenerationConfig) -> GenerationConfig:
+    """How a model generates, without how it would sample if it did, as LLaVA-1.5's file has it: transformers reads that, and then refuses to save the model."""
+    if not settings.do_sample:
+        for name in _SAMPLING:
+            setattr(settings, name, None)
+    return settings
 
 
 def _check_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
