@@ -212,7 +212,8 @@ def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig
     kind: Any = CONFIG_MAPPING[TEXT_MODELS[architecture(settings)]]
     own = {"model_type", "architectures", "transformers_version", "dtype", "tie_word_embeddings", "rope_parameters"}
     names = {*kind().to_dict(), "rope_theta", "rope_scaling"} - own
-    return kind(tie_word_embeddings=is_tied, **{name: settings[name] for name in names & set(settings) if settings[name] is not None})  # type: ignore[no-any-return]
+    own_values = {name: settings[name] for name in names & set(settings) if settings[name] is not None or name == "sliding_window"}  # null: no window
+    return kind(tie_word_embeddings=is_tied, **own_values)  # type: ignore[no-any-return]
 
 
 def _tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -253,9 +254,9 @@ def _vision_config(tensors: Mapping[str, StoredTensor], folder: Path) -> Pretrai
 
 
 def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The family is what the hub ports made of these settings: tiles of at most N: LLaVA-OneVision; tiles of a LLaMA or Mistral: LLaVA-NeXT; else LLaVA.
+    """The family is what the hub ports made of these settings: tiles of at most N: LLaVA-OneVision; tiles for a CLIP tower: LLaVA-NeXT; else LLaVA.
 
-    LLaVA-NeXT-Interleave's settings speak of tiles, but its rows hold several images, which are never cut: its ports are plain LLaVA.
+    LLaVA-NeXT-Interleave's settings, with SigLIP, may speak of tiles, but its rows hold several images, which are never cut: its ports are plain LLaVA.
     """
     is_clip, aspect = vision.model_type == "clip_vision_model", settings.get("image_aspect_ratio") or "square"
     common = {
@@ -273,7 +274,7 @@ def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: Pretrai
         tokenizer.add_tokens([AddedToken("<video>", special=True, normalized=False)], special_tokens=True)
         video = tokenizer.convert_tokens_to_ids("<video>")
         return LlavaOnevisionConfig(**common, video_token_index=video, image_grid_pinpoints=pinpoints, vision_aspect_ratio=aspect)  # type: ignore[arg-type]
-    if aspect == "anyres" and text.model_type != "qwen2":
+    if aspect == "anyres" and is_clip:
         return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)  # type: ignore[arg-type]
     return LlavaConfig(**common)  # type: ignore[arg-type]
 
