@@ -549,6 +549,56 @@ def test_patterns_in_every_layout_s_spelling(kind: str) -> None:
     assert "model.multi_modal_projector.linear_1.weight" in learns
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model_state.pdparams", "model.safetensors"])
+def test_a_file_that_is_no_weights_at_all(interleave: tuple[Path, Weights], file: str) -> None:
+    folder = interleave[0]
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_text(LFS_POINTER)
+    with pytest.raises(InputError, match=f"{file} is a git-LFS pointer"):
+        open_original(folder)
+    (folder / file).write_text("<html>404: not found</html>")
+    with pytest.raises(InputError, match=f"{file} cannot be read: .*half-downloaded"):
+        open_original(folder)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+def test_half_of_paddle_s_weights(interleave: tuple[Path, Weights], protocol: int, part: float) -> None:
+    folder, weights = interleave
+    (folder / "model.safetensors").unlink()
+    content = pickle.dumps(paddle_form(weights, "qwen2"), protocol)
+    (folder / "model_state.pdparams").write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(InputError, match="half-downloaded"):
+        open_original(folder)
+
+
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "a part of one": ('{"architectures": ["LlavaQwenFor', r"config\.json cannot be read: .*half-downloaded"),
+    "a list": ("[1, 2]", r"config\.json is no model's configuration: .* got a JSON list"),
+    "a number in quotes": ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
+    "a type that is none": ({"torch_dtype": "auto"}, "torch_dtype 'auto'; expected float32, bfloat16 or float16"),
+    "pinpoints of words": ({"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": 3}, "image_grid_pinpoints"),
+    "another class of the authors'": (
+        {"architectures": ["LlavaMptForCausalLM"], "model_type": "llava_mpt"},
+        "is a LlavaMptForCausalLM, which Interlace does not",
+    ),
+    "a class of one's own": ({"architectures": "MyModel", "model_type": "mine"}, "is a mine, which Interlace does not know"),
+    "a language model": ({"architectures": ["Qwen2ForCausalLM"]}, "is a language model alone, which becomes a LLaVA with --vision-tower"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_are_not_right_are_named(tmp_path: Path, interleave: tuple[Path, Weights], case: str) -> None:
+    content, message = SETTINGS[case]
+    text = content if isinstance(content, str) else json.dumps(original_settings("interleave") | content)
+    (interleave[0] / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        to_hub(str(interleave[0]), tmp_path / "hub")
+
+
 def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
     source, hub = str(interleave[0]), tmp_path / "hub"
     assert run("convert_checkpoint.py", "--input", source, "--output", str(hub), "--to", "hf").returncode == 0
@@ -556,6 +606,7 @@ def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
         (("--input", source, "--output", str(hub), "--to", "hf"), "is not empty"),
         (("--input", source, "--output", str(tmp_path / "a"), "--to", "llava"), "in its authors' layout already"),
         (("--input", str(hub), "--output", str(tmp_path / "a"), "--to", "hf"), "in Hugging Face's layout already"),
+        (("--input", "nobody/nothing", "--output", str(tmp_path / "a"), "--to", "hf"), "nobody/nothing is no folder here, and cannot be had from the hub"),
         (("--input", str(tmp_path), "--output", str(tmp_path / "a"), "--to", "hf"), "config.json"),
         (("--input", str(hub), "--output", str(tmp_path / "a"), "--to", "llava", "--vision-tower", "x"), "leave this out"),
     ):

@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from interlace.errors import InputError
 from interlace.model.kept import keep_aside, kept_settings, kept_weights
-from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, TEXT_MODELS, hub_name, original_name
-from interlace.model.loading import generation_settings, load_config, load_processing, local_folder, original_of, sound_generation
+from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, TEXT_MODELS, architecture, hub_name, is_language_model, original_name, read_settings
+from interlace.model.loading import ADAPTER_CONFIG, generation_settings, load_config, load_processing, local_folder, original_of, sound_generation
 from interlace.model.original_settings import port_settings
 from interlace.model.original_tokenizer import write_tokenizer
 from interlace.model.saving import LICENCE_FILES, copy_files, save_config, save_processing
@@ -31,11 +31,10 @@ def to_hub(source: str, output_dir: Path, vision_tower: str | None = None, progr
     Raises:
         InputError: it is in another layout, or `open_original` refuses it.
     """
-    folder = local_folder(source)
+    folder = whole_model(source)
     original = original_of(source, vision_tower)
     if original is None:
-        wanted = f"its authors' (config.json with {', '.join(TEXT_MODELS)}), or a language model and --vision-tower"
-        raise InputError(f"{source} is in Hugging Face's layout already; expected {wanted}")
+        raise InputError(f"{source} {_what_it_is(folder)}; expected its authors' layout: a config.json with {', '.join(TEXT_MODELS)}")
     with whole_or_not_at_all(output_dir) as scratch:
         write_sharded(original.tensors, scratch, progress)
         save_config(original.config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[original.config.model_type], scratch)
@@ -54,7 +53,7 @@ def to_original(source: str, output_dir: Path, progress: Progress = iter) -> lis
     Raises:
         InputError: see `original_form`.
     """
-    folder = local_folder(source)
+    folder = whole_model(source)
     if original_of(source) is not None:
         raise InputError(f"{source} is in its authors' layout already; expected Hugging Face's")
     config, image_processor = load_config(source), load_processing(source).image_processor
@@ -64,6 +63,28 @@ def to_original(source: str, output_dir: Path, progress: Progress = iter) -> lis
         (scratch / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         copy_files(folder, scratch, LICENCE_FILES)
         return write_tokenizer(folder, scratch)
+
+
+def whole_model(source: str) -> Path:
+    """The folder of a model that is no adapter.
+
+    Raises:
+        InputError: it is one, or cannot be had.
+    """
+    folder = local_folder(source)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{source} is an adapter; merge it first: python train/merge_adapter.py --adapter-path {source} --output-dir MERGED")
+    return folder
+
+
+def _what_it_is(folder: Path) -> str:
+    """Of a model that is not in its authors' layout."""
+    settings = read_settings(folder / "config.json")
+    if is_language_model(settings):
+        return "is a language model alone, which becomes a LLaVA with --vision-tower"
+    if architecture(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return "is in Hugging Face's layout already"
+    return f"is a {architecture(settings) or settings.get('model_type')}, which Interlace does not know"
 
 
 @contextmanager

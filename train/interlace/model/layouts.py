@@ -1,8 +1,12 @@
 """One model, several spellings of its weights' names: the hub's, transformers' in memory, and of LLaVA its authors' (lmms-lab)."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from interlace.errors import InputError
 
 TEXT_MODELS = {"LlavaQwenForCausalLM": "qwen2", "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}  # the authors' classes
 LANGUAGE_MODELS = {"Qwen2ForCausalLM": "LlavaQwenForCausalLM", "LlamaForCausalLM": "LlavaLlamaForCausalLM", "MistralForCausalLM": "LlavaMistralForCausalLM"}
@@ -45,6 +49,21 @@ INTERNVL_LAYOUT: Layout = (
     ("model.vision_tower.", "vision_tower."),
 )
 ROWS_ADDED = 64  # what the hub ports' vocabularies have more than the originals': room for `<image>`, in steps of 64
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        InputError: it is none, or a part of one.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}; it may be half-downloaded: fetch it once more") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no model's configuration: expected an object of names and values, got a JSON {type(settings).__name__}")
+    return settings
 
 
 def architecture(settings: Mapping[str, Any]) -> str:

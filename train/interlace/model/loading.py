@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -29,7 +29,7 @@ from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import FAMILIES, Family, family_of
-from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
+from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name, read_settings
 from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing
 from interlace.model.weight_files import StoredTensor, fingerprint, stored_tensors
@@ -75,9 +75,13 @@ def local_folder(path: str, may_fetch: bool = True) -> Path:
     """The folder of a model: itself, or where the hub's files are kept, fetched first if need be.
 
     Raises:
-        OSError: nothing is kept, and nothing may or can be fetched.
+        InputError: nothing is kept, and nothing may or can be fetched.
     """
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
+    try:
+        return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise InputError(f"{path} is no folder here, and cannot be had from the hub: {reason}; check the name, and the connection") from None
 
 
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
@@ -91,8 +95,8 @@ def original_of(path: str, vision_tower: str | None = None) -> Original | None:
     """
     try:
         config_file = Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, HfHubHTTPError):
+        settings = read_settings(config_file)
+    except (OSError, HFValidationError):
         return None
     is_wanted = is_original(settings) or (vision_tower is not None and is_language_model(settings))
     return open_original(local_folder(path), vision_tower) if is_wanted else None
@@ -111,7 +115,7 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
     original = original_of(base)
     try:
         config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
     family, trained = family_of(config), Path(path) / PROCESSOR_FILE
     if image_aspect_ratio is None and base != path and trained.is_file():

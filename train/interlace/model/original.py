@@ -1,6 +1,5 @@
 """Models in their authors' layout (`LlavaQwenForCausalLM` and its relatives, also as PaddleMIX stores them), seen as the hub ports have them."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
@@ -45,6 +44,7 @@ from interlace.model.layouts import (
     named_by_hub,
     original_name,
     original_of_paddle,
+    read_settings,
 )
 from interlace.model.llava import with_aspect_ratio
 from interlace.model.original_settings import bare_settings, tower_settings
@@ -97,7 +97,7 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     Raises:
         InputError: weights are missing or too many, have other shapes than the configuration says, or are of a kind that has no place in transformers.
     """
-    settings, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), stored_tensors(folder)
+    settings, stored = read_settings(folder / "config.json"), stored_tensors(folder)
     is_bare = not is_original(settings)
     if is_bare:
         settings = bare_settings(settings)
@@ -110,12 +110,15 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
         tensors |= _new_projector(tensors[f"{VISION}embeddings.patch_embedding.weight"].shape[0], tensors[EMBEDDINGS])
     _check_projector(settings, tensors, folder)
     is_tied = _check_head(settings, tensors, folder)
-    text = _text_config(settings, is_tied)
-    tokenizer = _tokenizer(folder, text)
-    vision = _vision_config(tensors, folder)
-    if is_bare:
-        settings |= tower_settings(vision, vision_tower or "")
-    config = _config(settings, text, vision, tokenizer)
+    try:
+        text = _text_config(settings, is_tied)
+        tokenizer = _tokenizer(folder, text)
+        vision = _vision_config(tensors, folder)
+        if is_bare:
+            settings |= tower_settings(vision, vision_tower or "")
+        config = _config(settings, text, vision, tokenizer, folder)
+    except StrictDataclassError as error:
+        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
     if config.model_type == "llava" and "image_newline" in tensors:
         kept["model.image_newline"] = tensors.pop("image_newline")
     _pad_vocabulary(config, tensors, folder)
@@ -162,7 +165,7 @@ def _tower_from(place: str, folder: Path) -> dict[str, StoredTensor]:
     """The weights of a tower that lies elsewhere, without SigLIP's pooling and the last of its layers, which the originals leave out."""
     try:
         source = Path(place) if Path(place).is_dir() else Path(snapshot_download(place, allow_patterns=["*.json", "model*.safetensors", "pytorch_model*.bin"]))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:
         wanted = f"the vision tower {place!r}" if place else "a vision tower"
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{folder}: the weights hold no vision tower, and {wanted} cannot be had ({reason}); name its folder with --vision-tower") from None
@@ -253,12 +256,14 @@ def _vision_config(tensors: Mapping[str, StoredTensor], folder: Path) -> Pretrai
     return kind(**shape, image_size=math.isqrt(places) * patch, patch_size=patch, **own)  # type: ignore[no-any-return]
 
 
-def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def _config(
+    settings: Mapping[str, Any], text: PretrainedConfig, vision: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PretrainedConfig:
     """The family is what the hub ports made of these settings: tiles of at most N: LLaVA-OneVision; tiles for a CLIP tower: LLaVA-NeXT; else LLaVA.
 
     LLaVA-NeXT-Interleave's settings, with SigLIP, may speak of tiles, but its rows hold several images, which are never cut: its ports are plain LLaVA.
     """
-    is_clip, aspect = vision.model_type == "clip_vision_model", settings.get("image_aspect_ratio") or "square"
+    is_clip, aspect = vision.model_type == "clip_vision_model", str(settings.get("image_aspect_ratio") or "square")
     common = {
         "text_config": text,
         "vision_config": vision,
@@ -267,7 +272,7 @@ def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: Pretrai
         "vision_feature_layer": settings.get("mm_vision_select_layer", -2) if is_clip else -1,
         "vision_feature_select_strategy": "default" if is_clip and settings.get("mm_vision_select_feature", "patch") == "patch" else "full",
         "tie_word_embeddings": text.tie_word_embeddings,
-        "dtype": getattr(torch, settings.get("torch_dtype") or settings.get("dtype") or "float16"),
+        "dtype": _dtype(settings, folder),
     }
     pinpoints = _pinpoints(settings.get("image_grid_pinpoints"), vision.image_size)
     if aspect.startswith("anyres_max"):
@@ -277,6 +282,14 @@ def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: Pretrai
     if aspect == "anyres" and is_clip:
         return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)  # type: ignore[arg-type]
     return LlavaConfig(**common)  # type: ignore[arg-type]
+
+
+def _dtype(settings: Mapping[str, Any], folder: Path) -> torch.dtype:
+    name, known = settings.get("torch_dtype") or settings.get("dtype") or "float16", {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    known |= {"float16": torch.float16}
+    if name not in known:
+        raise InputError(f"{folder}: config.json says torch_dtype {name!r}; expected float32, bfloat16 or float16: what the weights are stored in")
+    return known[name]
 
 
 def _pinpoints(written: Any, side: int) -> Any:
