@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from interlace.model.layouts import VISION
+from interlace.model.layouts import VISION, read_settings
 from interlace.model.original import Original
 from interlace.model.weight_files import StoredTensor, fingerprint, safetensors_of
 
@@ -54,8 +54,8 @@ def kept_settings(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str
     kept = folder / KEPT
     if not has_original(folder):
         return None
-    settings: dict[str, Any] = json.loads((kept / _SETTINGS).read_text(encoding="utf-8"))
-    if json.loads((kept / _TOWER).read_text(encoding="utf-8"))["fingerprint"] != fingerprint(_tower(tensors)):
+    settings = read_settings(kept / _SETTINGS)
+    if read_settings(kept / _TOWER)["fingerprint"] != fingerprint(_tower(tensors)):
         settings["unfreeze_mm_vision_tower"] = True  # without it the authors' towers load their published weights in place of the file's
     return settings
 
