@@ -373,7 +373,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path, interleave: tuple[Path, W
     for files in ((), ("vocab.json",), ("merges.txt",)):
         for name in files:
             (folder / name).write_text("{}")
-        with pytest.raises(InputError, match=r"expected tokenizer\.json; or tokenizer\.model; or vocab\.json with merges\.txt"):
+        with pytest.raises(InputError, match=r"expected tokenizer\.json; or tokenizer\.model; or sentencepiece\.bpe\.model; or vocab\.json with merges\.txt"):
             to_hub(str(folder), hub)
         for name in files:
             (folder / name).unlink()
@@ -579,7 +579,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "a part of one": ('{"architectures": ["LlavaQwenFor', r"config\.json cannot be read: .*half-downloaded"),
     "a list": ("[1, 2]", r"config\.json is no model's configuration: .* got a JSON list"),
     "a number in quotes": ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
-    "a type that is none": ({"torch_dtype": "auto"}, "torch_dtype 'auto'; expected float32, bfloat16 or float16"),
+    "a type that is none": ({"torch_dtype": "auto"}, "torch_dtype 'auto'; expected float32, bfloat16, float16"),
     "pinpoints of words": ({"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": 3}, "image_grid_pinpoints"),
     "another class of the authors'": (
         {"architectures": ["LlavaMptForCausalLM"], "model_type": "llava_mpt"},

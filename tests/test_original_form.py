@@ -1,7 +1,9 @@
 """What the authors' code finds in a folder that we write for it: its tokenizer's files, its settings, the weights of its tower."""
 
 import json
+import pickle
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from interlace.model.conversion import to_hub, to_original
 from interlace.model.loading import load_config, load_model, load_processing
 from interlace.model.saving import copy_beside, save_model, save_processing
 from interlace.training.publishing import PUBLISHED
-from tests.test_conversion import KINDS, VOCABULARY, assert_same_model, make_model, original_settings, original_weights, write_original
+from tests.test_conversion import KINDS, VOCABULARY, assert_same_model, make_model, original_settings, original_weights, paddle_form, write_original
 from tests.test_template import write_llama_tokenizer
 
 TEXTS = ("What is in the image?", "Two  cats,\n\nthree dogs: 你好 <|im_start|>user\n", "def f(x):\n    return x")
@@ -316,3 +318,34 @@ def test_the_tower_says_whether_a_qwen_takes_tiles(tmp_path: Path, model_type: s
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert set(back) == set(weights) - {name for name in weights if "position_ids" in name}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in back.items())
+
+
+def paddle_folder(folder: Path) -> Path:
+    """LLaVA-1.5 with the names of files in PaddleMIX's published folder, whose tower lies elsewhere; its LlamaTokenizer calls tokenizer.model otherwise."""
+    llama_original(folder)
+    (folder / "tokenizer.model").rename(folder / "sentencepiece.bpe.model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LLavaTokenizer"}))
+    content = paddle_form(load_file(folder / "model.safetensors"), "llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "tower").mkdir()
+    tower = {name.partition("vision_tower.vision_tower.")[2]: content.pop(name) for name in list(content) if "vision_tower" in name}
+    (folder / "model_state.pdparams").write_bytes(pickle.dumps(content, 4))
+    (folder / "tower" / "model_state.pdparams").write_bytes(pickle.dumps(tower, 4))
+    return folder
+
+
+def test_a_folder_of_paddlemix_has_its_tokenizer_and_a_tower_of_its_own(tmp_path: Path) -> None:
+    """And goes to the authors' code with the names that transformers reads."""
+    expected, folder = AutoTokenizer.from_pretrained(llama_original(tmp_path / "first")), paddle_folder(tmp_path / "paddle")
+    to_hub(str(folder), tmp_path / "hub", vision_tower=str(folder / "tower"))
+    model: Any = make_model("llava_v1_5")
+    model.config.image_token_index = model.config.image_token_id = len(expected)
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    assert_same_model(load_model(str(tmp_path / "hub"), torch.float32).eval(), model)
+    to_original(str(tmp_path / "hub"), tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (folder / "sentencepiece.bpe.model").read_bytes()
+    assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == json.loads((tmp_path / "first" / "tokenizer_config.json").read_text())
+    assert not [file for file in tmp_path.glob("[hb]*/**/*.json") if tempfile.gettempdir() in file.read_text()]
+    for found in (AutoTokenizer.from_pretrained(tmp_path / "hub"), AutoTokenizer.from_pretrained(tmp_path / "back")):
+        assert [found(text)["input_ids"] for text in TEXTS] == [expected(text)["input_ids"] for text in TEXTS]

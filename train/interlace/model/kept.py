@@ -10,14 +10,12 @@ from safetensors.torch import save_file
 
 from interlace.model.layouts import VISION, read_settings
 from interlace.model.original import Original
+from interlace.model.tokenizer_files import copy_tokenizer
 from interlace.model.weight_files import StoredTensor, fingerprint, safetensors_of
 
 KEPT = "llava_original"  # serving tools read every weight that lies beside a model, but none in folders below
 _SETTINGS, _WEIGHTS, _TOWER = "config.json", "weights.safetensors", "vision_tower.json"
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
-)
+_GENERATION = "generation_config.json"
 
 
 def keep_aside(original: Original, folder: Path) -> None:
@@ -28,7 +26,7 @@ def keep_aside(original: Original, folder: Path) -> None:
     _write_json(kept / _TOWER, {"fingerprint": fingerprint(_tower(original.tensors))})
     if original.kept:
         save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, kept / _WEIGHTS, {"format": "pt"})
-    copy_tokenizer(original.folder, kept)
+    copy_text_files(original.folder, kept)
 
 
 def hand_on(source: Path, folder: Path) -> None:
@@ -66,11 +64,11 @@ def kept_weights(folder: Path) -> dict[str, StoredTensor]:
     return safetensors_of(path) if path.is_file() else {}
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer, and how its model generates, as they are."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+def copy_text_files(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer, and how its model generates."""
+    copy_tokenizer(source, folder)
+    if (source / _GENERATION).is_file():
+        shutil.copy(source / _GENERATION, folder / _GENERATION)
 
 
 def _tower(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -15,7 +15,6 @@ from transformers import (
     CONFIG_MAPPING,
     AddedToken,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     BaseImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -48,11 +47,11 @@ from interlace.model.layouts import (
 )
 from interlace.model.llava import with_aspect_ratio
 from interlace.model.original_settings import bare_settings, tower_settings
+from interlace.model.tokenizer_files import load_tokenizer
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
-_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt", "tokenizer_config.json"))  # the files of one, any of which will do
-_MOST_ROWS_UNUSED = 1024  # of a vocabulary; Qwen's leave 290 and 418
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEAD_SIZES = {"siglip_vision_model": 72, "clip_vision_model": 64}  # SigLIP so400m; every CLIP
 
 
@@ -103,7 +102,7 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
         settings = bare_settings(settings)
     tensors, kept = _renamed(stored, folder), {}
     if not any(name.startswith(VISION) for name in tensors):
-        tensors |= _tower_from(vision_tower or settings.get("mm_vision_tower") or "", folder)
+        tensors |= _tower_from(vision_tower or str(settings.get("mm_vision_tower") or ""), folder)
         if vision_tower is not None:
             settings["unfreeze_mm_vision_tower"] = True  # it may be another than the one that the settings name
     if is_bare:
@@ -112,7 +111,7 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     is_tied = _check_head(settings, tensors, folder)
     try:
         text = _text_config(settings, is_tied)
-        tokenizer = _tokenizer(folder, text)
+        tokenizer = load_tokenizer(folder, text)
         vision = _vision_config(tensors, folder)
         if is_bare:
             settings |= tower_settings(vision, vision_tower or "")
@@ -169,8 +168,10 @@ def _tower_from(place: str, folder: Path) -> dict[str, StoredTensor]:
         wanted = f"the vision tower {place!r}" if place else "a vision tower"
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{folder}: the weights hold no vision tower, and {wanted} cannot be had ({reason}); name its folder with --vision-tower") from None
-    found = {}
-    for name, tensor in stored_tensors(source).items():
+    found, stored, paddle = {}, stored_tensors(source), "vision_tower.vision_tower."
+    if "vision_model.class_embedding" in stored:  # PaddleNLP's copy of a CLIP
+        stored = {original_of_paddle(paddle + name).removeprefix(paddle): _from_paddle(name, tensor) for name, tensor in stored.items()}
+    for name, tensor in stored.items():
         inside = name.removeprefix("vision_tower.")
         if inside.startswith("vision_model.") and not inside.startswith("vision_model.head.") and not name.endswith(_BUFFERS):
             found[f"vision_tower.{inside}"] = tensor
@@ -217,25 +218,6 @@ def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig
     names = {*kind().to_dict(), "rope_theta", "rope_scaling"} - own
     own_values = {name: settings[name] for name in names & set(settings) if settings[name] is not None or name == "sliding_window"}  # null: no window
     return kind(tie_word_embeddings=is_tied, **own_values)  # type: ignore[no-any-return]
-
-
-def _tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """With `<image>`, and something to pad with."""
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):  # without them transformers makes an empty one
-        expected = "; or ".join(" with ".join(names) for names in _TOKENIZERS)
-        raise InputError(f"{folder}: no tokenizer in this folder, or half of one; expected {expected}; fetch the model once more")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise InputError(f"{folder}: the tokenizer cannot be loaded: {error!r}; it may be half-downloaded: fetch it once more") from error
-    if not text.vocab_size - _MOST_ROWS_UNUSED < len(tokenizer) < text.vocab_size + ROWS_ADDED:
-        raise InputError(
-            f"{folder}: a tokenizer of {len(tokenizer)} tokens, and a vocabulary of {text.vocab_size} in config.json; fetch the model's own tokenizer"
-        )
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    return tokenizer  # type: ignore[no-any-return]
 
 
 def _vision_config(tensors: Mapping[str, StoredTensor], folder: Path) -> PretrainedConfig:
@@ -285,11 +267,10 @@ def _config(
 
 
 def _dtype(settings: Mapping[str, Any], folder: Path) -> torch.dtype:
-    name, known = settings.get("torch_dtype") or settings.get("dtype") or "float16", {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    known |= {"float16": torch.float16}
-    if name not in known:
-        raise InputError(f"{folder}: config.json says torch_dtype {name!r}; expected float32, bfloat16 or float16: what the weights are stored in")
-    return known[name]
+    name = settings.get("torch_dtype") or settings.get("dtype") or "float16"
+    if str(name) not in _TYPES:
+        raise InputError(f"{folder}: config.json says torch_dtype {name!r}; expected {', '.join(_TYPES)}: what the weights are stored in")
+    return _TYPES[name]
 
 
 def _pinpoints(written: Any, side: int) -> Any:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from interlace.model.kept import KEPT, copy_tokenizer, has_original
+from interlace.model.kept import KEPT, copy_text_files, has_original
 
 
 def write_tokenizer(source: Path, folder: Path) -> list[str]:
@@ -14,10 +14,10 @@ def write_tokenizer(source: Path, folder: Path) -> list[str]:
         What is missing then, in a line each.
     """
     if has_original(source):
-        copy_tokenizer(source / KEPT, folder)
+        copy_text_files(source / KEPT, folder)
         return []
-    copy_tokenizer(source, folder)
-    copy_tokenizer(source / KEPT, folder)
+    copy_text_files(source, folder)
+    copy_text_files(source / KEPT, folder)
     path = folder / "tokenizer.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "none"}}
     if content["model"]["type"] != "BPE":
