@@ -599,6 +599,15 @@ def test_settings_that_are_not_right_are_named(tmp_path: Path, interleave: tuple
         to_hub(str(interleave[0]), tmp_path / "hub")
 
 
+def test_a_port_s_settings_that_are_not_right_are_named(tmp_path: Path, tiny_dir: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "port")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["hidden_size"] = str(settings["text_config"]["hidden_size"])
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"hidden_size(.|\n)*expected int, got str"):
+        to_original(str(folder), tmp_path / "back")
+
+
 def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
     source, hub = str(interleave[0]), tmp_path / "hub"
     assert run("convert_checkpoint.py", "--input", source, "--output", str(hub), "--to", "hf").returncode == 0
