@@ -186,8 +186,10 @@ def test_there_and_back_is_bitwise(tmp_path: Path, kind: str, model: PreTrainedM
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == original_settings(kind)
     assert (tmp_path / "back" / "LICENSE").read_text() == (tmp_path / "hub" / "LICENSE").read_text() == "for research"
     to_hub(str(tmp_path / "back"), tmp_path / "again")
-    for file in (tmp_path / "hub").iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    files = [file for file in (tmp_path / "hub").rglob("*") if file.is_file()]
+    assert len(files) > 10
+    for file in files:
+        assert (tmp_path / "again" / file.relative_to(tmp_path / "hub")).read_bytes() == file.read_bytes(), file.name
 
 
 def test_the_converted_folder_is_whole(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
@@ -199,7 +201,7 @@ def test_the_converted_folder_is_whole(tmp_path: Path, interleave: tuple[Path, W
     processor: Any = LlavaProcessor.from_pretrained(tmp_path / "hub")
     assert len(processor(text="<image>", images=np.zeros((3, 3, 3), np.uint8))["input_ids"][0]) == 16
     assert "<|im_start|>" in processor.tokenizer.chat_template
-    assert torch.equal(load_file(tmp_path / "hub" / "llava_kept.safetensors")["model.image_newline"], torch.arange(32.0))
+    assert torch.equal(load_file(tmp_path / "hub" / "llava_original" / "weights.safetensors")["model.image_newline"], torch.arange(32.0))
 
 
 def write_index(folder: Path, stem: str, files: dict[str, Weights]) -> None:
@@ -227,15 +229,38 @@ def test_every_kind_of_file(tmp_path: Path, interleave: tuple[Path, Weights], fo
     assert_same_model(load_model(str(folder), torch.float32).eval(), make_model("interleave"))
 
 
+PADDLE_CLIP = {  # of `_get_name_mappings` in PaddleMIX's paddlemix/models/llava/clip_model.py: transformers' names, those of its own CLIP
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding.weight",
+    "pre_layrnorm.weight": "ln_pre.weight",
+    "pre_layrnorm.bias": "ln_pre.bias",
+    "post_layernorm.weight": "ln_post.weight",
+    "post_layernorm.bias": "ln_post.bias",
+}
+for _layer in range(3):
+    for _part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+        PADDLE_CLIP |= {f"encoder.layers.{_layer}.{_part}.{end}": f"transformer.layers.{_layer}.{_part}.{end}" for end in ("weight", "bias")}
+    for _part, _other in (("mlp.fc1", "linear1"), ("mlp.fc2", "linear2"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2")):
+        PADDLE_CLIP |= {f"encoder.layers.{_layer}.{_part}.{end}": f"transformer.layers.{_layer}.{_other}.{end}" for end in ("weight", "bias")}
+
+
 def paddle_form(weights: Weights, start: str) -> dict[str, Any]:
-    """As Paddle stores them: linear layers transposed, bfloat16 as the numbers of its bits, the language model under its own name."""
+    """As Paddle stores them: linear layers transposed, bfloat16 as the numbers of its bits, the language model and a CLIP tower under their own names."""
     found: dict[str, Any] = {"StructuredToParameterName@@": {"a": "b"}}
+    tower = "model.vision_tower.vision_tower.vision_model."
     for name, tensor in weights.items():
-        if name.endswith("weight") and tensor.dim() == 2 and "embed_tokens" not in name and "position_embedding" not in name:
-            tensor = tensor.T
-        bits = tensor.contiguous().bfloat16().view(torch.uint16)
-        found[name.replace("model.", f"{start}.", 1) if name.startswith("model.") else name] = bits.numpy()
+        if start == "llama" and name.startswith(tower):
+            found[f"llama.vision_tower.vision_tower.vision_model.{PADDLE_CLIP[name.removeprefix(tower)]}"] = paddle_array(name, tensor)
+        else:
+            found[name.replace("model.", f"{start}.", 1) if name.startswith("model.") else name] = paddle_array(name, tensor)
     return found
+
+
+def paddle_array(name: str, tensor: torch.Tensor) -> Any:
+    if name.endswith("weight") and tensor.dim() == 2 and "embed_tokens" not in name and "position_embedding" not in name:
+        tensor = tensor.T
+    return tensor.contiguous().bfloat16().view(torch.uint16).numpy()
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -247,6 +272,20 @@ def test_paddle_s_weights(tmp_path: Path, kind: str, model: PreTrainedModel, wei
     large = [tensor for tensor in stored_tensors(folder).values() if tensor.nbytes >= 1 << 16]
     assert large
     assert load_model(str(folder), "auto").dtype == torch.float32  # as config.json says
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    assert_same_model(load_model(str(folder), torch.float32).eval(), model)
+
+
+def test_paddle_s_weights_in_several_files(tmp_path: Path) -> None:
+    model = make_model("llava_v1_6")
+    folder = write_original(tmp_path / "original", "llava_v1_6", original_weights(model, "llava_v1_6"))
+    content = paddle_form(load_file(folder / "model.safetensors"), "llama")
+    (folder / "model.safetensors").unlink()
+    names = sorted(set(content) - {"StructuredToParameterName@@"})
+    files = {f"model_state-0000{number}-of-00002.pdparams": names[number - 1 :: 2] for number in (1, 2)}
+    for file, part in files.items():
+        (folder / file).write_bytes(pickle.dumps({name: content[name] for name in part}, 4))
+    (folder / "model_state.pdparams.index.json").write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
     model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
     assert_same_model(load_model(str(folder), torch.float32).eval(), model)
 
@@ -324,6 +363,39 @@ def test_a_half_downloaded_model(tmp_path: Path, interleave: tuple[Path, Weights
     (folder / "model_state.pdparams").write_bytes(pickle.dumps(paddle_form(weights, "qwen2"), 4)[:-70_000])
     with pytest.raises(InputError, match="half-downloaded"):
         open_original(folder)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
+    """transformers would make an empty one of whatever is missing."""
+    folder, hub = interleave[0], tmp_path / "hub"
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").unlink()
+    for files in ((), ("vocab.json",), ("merges.txt",)):
+        for name in files:
+            (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=r"expected tokenizer\.json; or tokenizer\.model; or sentencepiece\.bpe\.model; or vocab\.json with merges\.txt"):
+            to_hub(str(folder), hub)
+        for name in files:
+            (folder / name).unlink()
+    (folder / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"tokenizer cannot be loaded.*half-downloaded"):
+        to_hub(str(folder), hub)
+    (folder / "tokenizer.json").unlink()
+    write_llama_tokenizer(folder, True)
+    whole = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"tokenizer cannot be loaded.*half-downloaded"):
+        to_hub(str(folder), hub)
+    assert not hub.exists()
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
+    folder, size = interleave[0], len(AutoTokenizer.from_pretrained(DEMO_MODEL))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": size + i, "content": f"<|more_{i}|>"} for i in range(VOCABULARY)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"a tokenizer of {size + VOCABULARY} tokens, and a vocabulary of {VOCABULARY}"):
+        load_config(str(folder))
 
 
 def test_a_tower_from_elsewhere(tmp_path: Path, kind: str, model: PreTrainedModel, weights: Weights) -> None:
@@ -477,6 +549,65 @@ def test_patterns_in_every_layout_s_spelling(kind: str) -> None:
     assert "model.multi_modal_projector.linear_1.weight" in learns
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model_state.pdparams", "model.safetensors"])
+def test_a_file_that_is_no_weights_at_all(interleave: tuple[Path, Weights], file: str) -> None:
+    folder = interleave[0]
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_text(LFS_POINTER)
+    with pytest.raises(InputError, match=f"{file} is a git-LFS pointer"):
+        open_original(folder)
+    (folder / file).write_text("<html>404: not found</html>")
+    with pytest.raises(InputError, match=f"{file} cannot be read: .*half-downloaded"):
+        open_original(folder)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+def test_half_of_paddle_s_weights(interleave: tuple[Path, Weights], protocol: int, part: float) -> None:
+    folder, weights = interleave
+    (folder / "model.safetensors").unlink()
+    content = pickle.dumps(paddle_form(weights, "qwen2"), protocol)
+    (folder / "model_state.pdparams").write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(InputError, match="half-downloaded"):
+        open_original(folder)
+
+
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "a part of one": ('{"architectures": ["LlavaQwenFor', r"config\.json cannot be read: .*half-downloaded"),
+    "a list": ("[1, 2]", r"config\.json is no model's configuration: .* got a JSON list"),
+    "a number in quotes": ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
+    "a type that is none": ({"torch_dtype": "auto"}, "torch_dtype 'auto'; expected float32, bfloat16, float16"),
+    "pinpoints of words": ({"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": 3}, "image_grid_pinpoints"),
+    "another class of the authors'": (
+        {"architectures": ["LlavaMptForCausalLM"], "model_type": "llava_mpt"},
+        "is a LlavaMptForCausalLM, which Interlace does not",
+    ),
+    "a class of one's own": ({"architectures": "MyModel", "model_type": "mine"}, "is a mine, which Interlace does not know"),
+    "a language model": ({"architectures": ["Qwen2ForCausalLM"]}, "is a language model alone, which becomes a LLaVA with --vision-tower"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_are_not_right_are_named(tmp_path: Path, interleave: tuple[Path, Weights], case: str) -> None:
+    content, message = SETTINGS[case]
+    text = content if isinstance(content, str) else json.dumps(original_settings("interleave") | content)
+    (interleave[0] / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        to_hub(str(interleave[0]), tmp_path / "hub")
+
+
+def test_a_port_s_settings_that_are_not_right_are_named(tmp_path: Path, tiny_dir: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "port")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["hidden_size"] = str(settings["text_config"]["hidden_size"])
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"hidden_size(.|\n)*expected int, got str"):
+        to_original(str(folder), tmp_path / "back")
+
+
 def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
     source, hub = str(interleave[0]), tmp_path / "hub"
     assert run("convert_checkpoint.py", "--input", source, "--output", str(hub), "--to", "hf").returncode == 0
@@ -484,6 +615,7 @@ def test_the_script(tmp_path: Path, interleave: tuple[Path, Weights]) -> None:
         (("--input", source, "--output", str(hub), "--to", "hf"), "is not empty"),
         (("--input", source, "--output", str(tmp_path / "a"), "--to", "llava"), "in its authors' layout already"),
         (("--input", str(hub), "--output", str(tmp_path / "a"), "--to", "hf"), "in Hugging Face's layout already"),
+        (("--input", "nobody/nothing", "--output", str(tmp_path / "a"), "--to", "hf"), "nobody/nothing is no folder here, and cannot be had from the hub"),
         (("--input", str(tmp_path), "--output", str(tmp_path / "a"), "--to", "hf"), "config.json"),
         (("--input", str(hub), "--output", str(tmp_path / "a"), "--to", "llava", "--vision-tower", "x"), "leave this out"),
     ):

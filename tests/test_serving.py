@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from interlace.model.conversion import to_hub
 from interlace.model.loading import load_model
-from interlace.model.saving import save_model
+from interlace.model.saving import copy_beside, save_model
 from tests.test_conversion import make_model, original_weights, write_original
 
 RENAMED = (  # `hf_to_vllm_mapper` of its LlavaForConditionalGeneration: how newer transformers save by themselves
@@ -55,6 +55,8 @@ def test_vllm_finds_every_weight_by_its_name(tmp_path: Path, kind: str, how: str
     else:
         (tmp_path / "hub").mkdir()
         save_model(load_model(str(original), "auto"), tmp_path / "hub")
-    names = {vllm_name(name) for name in load_file(tmp_path / "hub" / "model.safetensors")}
+        copy_beside(str(original), tmp_path / "hub")
+    files = list((tmp_path / "hub").glob("*.safetensors"))  # all that lie beside the model, as vLLM and SGLang look
+    names = {vllm_name(name) for file in files for name in load_file(file)}
     behind = r"vision_tower\.vision_model\.post_layernorm\..*" + (r"|vision_tower\.vision_model\.encoder\.layers\.2\..*" if kind == "llava_v1_5" else "")
     assert {name for name in names if not re.fullmatch(behind, name)} == vllm_parameters(kind)

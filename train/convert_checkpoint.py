@@ -36,7 +36,8 @@ def main() -> None:
     if options.to == "hf":
         to_hub(source, options.output, options.vision_tower, lambda files: tqdm(files, desc="converting", unit="file"))
     elif options.to == "llava":
-        to_original(source, options.output, lambda files: tqdm(files, desc="converting", unit="file"))
+        for note in to_original(source, options.output, lambda files: tqdm(files, desc="converting", unit="file")):
+            print(note)
     else:
         write_gguf(source, options.output, options.dtype)
     print(f"converted model in {options.output}")

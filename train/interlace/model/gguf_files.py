@@ -17,10 +17,10 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
-from interlace.model.conversion import Progress, whole_or_not_at_all
+from interlace.model.conversion import Progress, whole_model, whole_or_not_at_all
 from interlace.model.gguf_vocabulary import Vocabulary, read_vocabulary
 from interlace.model.layouts import EMBEDDINGS, HEAD, VISION, hub_name
-from interlace.model.loading import ADAPTER_CONFIG, load_processing, local_folder, original_of
+from interlace.model.loading import load_processing, original_of
 from interlace.model.processing import Processing
 from interlace.model.saving import LICENCE_FILES, copy_files
 from interlace.model.weight_files import StoredTensor, stored_tensors
@@ -54,9 +54,7 @@ def to_gguf(source: str, output_dir: Path, dtype: torch.dtype | None = None, pro
     Raises:
         InputError: an adapter, a model that llama.cpp would compute otherwise than we do, weights that are missing or do not fit into `dtype`.
     """
-    folder = local_folder(source)
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise InputError(f"{source} is an adapter; merge it first: python train/merge_adapter.py --adapter-path {source} --output-dir MERGED")
+    folder = whole_model(source)
     processing, original = load_processing(source), original_of(source)
     config = processing.config
     _check_model(source, config)

@@ -1,7 +1,6 @@
 """Models, tokenizers and image processors: loading what users have, in whichever layout."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,16 +29,17 @@ from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import FAMILIES, Family, family_of
-from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
+from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name, read_settings
 from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing
-from interlace.model.weight_files import StoredTensor, stored_tensors
+from interlace.model.weight_files import StoredTensor, fingerprint, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
 PROCESSOR_FILE = "processor_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
 
 
@@ -74,9 +75,13 @@ def local_folder(path: str, may_fetch: bool = True) -> Path:
     """The folder of a model: itself, or where the hub's files are kept, fetched first if need be.
 
     Raises:
-        OSError: nothing is kept, and nothing may or can be fetched.
+        InputError: nothing is kept, and nothing may or can be fetched.
     """
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
+    try:
+        return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise InputError(f"{path} is no folder here, and cannot be had from the hub: {reason}; check the name, and the connection") from None
 
 
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
@@ -90,8 +95,8 @@ def original_of(path: str, vision_tower: str | None = None) -> Original | None:
     """
     try:
         config_file = Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, HfHubHTTPError):
+        settings = read_settings(config_file)
+    except (OSError, HFValidationError):
         return None
     is_wanted = is_original(settings) or (vision_tower is not None and is_language_model(settings))
     return open_original(local_folder(path), vision_tower) if is_wanted else None
@@ -110,7 +115,7 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
     original = original_of(base)
     try:
         config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
     family, trained = family_of(config), Path(path) / PROCESSOR_FILE
     if image_aspect_ratio is None and base != path and trained.is_file():
@@ -240,8 +245,30 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {error}") from error
     model, report = loaded
+    generation = model.generation_config if original is None else generation_settings(original.folder)
+    model.generation_config = sound_generation(generation or model.generation_config)
     _check_complete(path, model, report)
     return model
+
+
+def generation_settings(folder: Path) -> GenerationConfig | None:
+    """How a model generates, if its folder says so.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'generation_config.json'} cannot be read: {error}; fetch it once more") from None
+
+
+def sound_generation(settings: GenerationConfig) -> GenerationConfig:
+    """How a model generates, without how it would sample if it did, as LLaVA-1.5's file has it: transformers reads that, and then refuses to save the model."""
+    if not settings.do_sample:
+        for name in _SAMPLING:
+            setattr(settings, name, None)
+    return settings
 
 
 def _check_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
@@ -269,12 +296,9 @@ def weights_fingerprint(path: str) -> str:
     original = original_of(path)
     try:
         tensors = original.tensors if original else _named_as_on_hub(path)
-        content = hashlib.sha256()
-        for name in sorted(tensors):
-            content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
+        return fingerprint(tensors)
     except (InputError, OSError, HfHubHTTPError):
         return ""
-    return content.hexdigest()[:32]
 
 
 def _named_as_on_hub(path: str) -> dict[str, StoredTensor]:

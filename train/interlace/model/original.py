@@ -1,6 +1,5 @@
 """Models in their authors' layout (`LlavaQwenForCausalLM` and its relatives, also as PaddleMIX stores them), seen as the hub ports have them."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,13 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors.torch import save_file
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AddedToken,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     BaseImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -33,12 +30,28 @@ from transformers import (
 )
 
 from interlace.errors import InputError
-from interlace.model.layouts import EMBEDDINGS, HEAD, LANGUAGE_MODELS, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, is_original, named_by_hub, original_name
+from interlace.model.layouts import (
+    EMBEDDINGS,
+    HEAD,
+    ROWS_ADDED,
+    TEXT_MODELS,
+    VISION,
+    architecture,
+    hub_name,
+    is_original,
+    is_paddle,
+    named_by_hub,
+    original_name,
+    original_of_paddle,
+    read_settings,
+)
 from interlace.model.llava import with_aspect_ratio
-from interlace.model.weight_files import PADDLE_FILE, StoredTensor, stored_tensors
+from interlace.model.original_settings import bare_settings, tower_settings
+from interlace.model.tokenizer_files import load_tokenizer
+from interlace.model.weight_files import StoredTensor, stored_tensors
 
-KEPT_SETTINGS, KEPT_WEIGHTS = "llava_config.json", "llava_kept.safetensors"  # what the hub layout has no place for, kept for the way back
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEAD_SIZES = {"siglip_vision_model": 72, "clip_vision_model": 64}  # SigLIP so400m; every CLIP
 
 
@@ -83,34 +96,33 @@ def open_original(folder: Path, vision_tower: str | None = None) -> Original:
     Raises:
         InputError: weights are missing or too many, have other shapes than the configuration says, or are of a kind that has no place in transformers.
     """
-    settings, stored = json.loads((folder / "config.json").read_text(encoding="utf-8")), stored_tensors(folder)
+    settings, stored = read_settings(folder / "config.json"), stored_tensors(folder)
     is_bare = not is_original(settings)
     if is_bare:
-        settings = _bare_settings(settings, vision_tower)
+        settings = bare_settings(settings)
     tensors, kept = _renamed(stored, folder), {}
     if not any(name.startswith(VISION) for name in tensors):
-        tensors |= _tower_from(vision_tower or settings.get("mm_vision_tower") or "", folder)
+        tensors |= _tower_from(vision_tower or str(settings.get("mm_vision_tower") or ""), folder)
+        if vision_tower is not None:
+            settings["unfreeze_mm_vision_tower"] = True  # it may be another than the one that the settings name
     if is_bare:
         tensors |= _new_projector(tensors[f"{VISION}embeddings.patch_embedding.weight"].shape[0], tensors[EMBEDDINGS])
     _check_projector(settings, tensors, folder)
     is_tied = _check_head(settings, tensors, folder)
-    text = _text_config(settings, is_tied)
-    tokenizer = _tokenizer(folder, text)
-    vision = _vision_config(tensors, folder)
-    config = _config(settings, text, vision, tokenizer)
+    try:
+        text = _text_config(settings, is_tied)
+        tokenizer = load_tokenizer(folder, text)
+        vision = _vision_config(tensors, folder)
+        if is_bare:
+            settings |= tower_settings(vision, vision_tower or "")
+        config = _config(settings, text, vision, tokenizer, folder)
+    except StrictDataclassError as error:
+        raise InputError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
     if config.model_type == "llava" and "image_newline" in tensors:
         kept["model.image_newline"] = tensors.pop("image_newline")
     _pad_vocabulary(config, tensors, folder)
     _check_shapes(config, tensors, folder)
     return Original(folder, settings, config, tensors, kept, tokenizer)
-
-
-def _bare_settings(settings: Mapping[str, Any], vision_tower: str | None) -> dict[str, Any]:
-    """Of a language model alone, as LLaVA-1.5 begins: with a tower and a projector that has learned nothing."""
-    tower = {"mm_vision_tower": vision_tower, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
-    name = LANGUAGE_MODELS[settings["architectures"][0]]
-    model_type = {"qwen2": "llava_qwen", "llama": "llava_llama", "mistral": "llava_mistral"}[TEXT_MODELS[name]]
-    return {**settings, **tower, "architectures": [name], "model_type": model_type, "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 
 
 def _new_projector(vision_width: int, embeddings: StoredTensor) -> dict[str, StoredTensor]:
@@ -125,8 +137,8 @@ def _new_projector(vision_width: int, embeddings: StoredTensor) -> dict[str, Sto
 
 def _renamed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
     """Tensors by hub names."""
-    if (folder / PADDLE_FILE).is_file():
-        stored = {re.sub(r"^(qwen2|llama|mistral)\.", "model.", name): _from_paddle(name, tensor) for name, tensor in stored.items()}
+    if is_paddle(stored):
+        stored = {original_of_paddle(name): _from_paddle(name, tensor) for name, tensor in stored.items()}
     tensors: dict[str, StoredTensor] = {}
     unknown = []
     for name, tensor in stored.items():
@@ -144,7 +156,7 @@ def _renamed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredT
 
 def _from_paddle(name: str, tensor: StoredTensor) -> StoredTensor:
     """Paddle's linear layers hold their weights as (in, out)."""
-    is_linear = len(tensor.shape) == 2 and name.endswith(".weight") and not re.search(r"(embed_tokens|position_embedding)\.weight$", name)
+    is_linear = len(tensor.shape) == 2 and name.endswith(".weight") and not re.search(r"(embed_tokens|position(al)?_embedding)\.weight$", name)
     return tensor.changed(tensor.shape[::-1], lambda values: values.T.contiguous()) if is_linear else tensor
 
 
@@ -152,12 +164,14 @@ def _tower_from(place: str, folder: Path) -> dict[str, StoredTensor]:
     """The weights of a tower that lies elsewhere, without SigLIP's pooling and the last of its layers, which the originals leave out."""
     try:
         source = Path(place) if Path(place).is_dir() else Path(snapshot_download(place, allow_patterns=["*.json", "model*.safetensors", "pytorch_model*.bin"]))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:
         wanted = f"the vision tower {place!r}" if place else "a vision tower"
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{folder}: the weights hold no vision tower, and {wanted} cannot be had ({reason}); name its folder with --vision-tower") from None
-    found = {}
-    for name, tensor in stored_tensors(source).items():
+    found, stored, paddle = {}, stored_tensors(source), "vision_tower.vision_tower."
+    if "vision_model.class_embedding" in stored:  # PaddleNLP's copy of a CLIP
+        stored = {original_of_paddle(paddle + name).removeprefix(paddle): _from_paddle(name, tensor) for name, tensor in stored.items()}
+    for name, tensor in stored.items():
         inside = name.removeprefix("vision_tower.")
         if inside.startswith("vision_model.") and not inside.startswith("vision_model.head.") and not name.endswith(_BUFFERS):
             found[f"vision_tower.{inside}"] = tensor
@@ -199,22 +213,11 @@ def _check_head(settings: Mapping[str, Any], tensors: dict[str, StoredTensor], f
 
 def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig:
     """Of the language model alone."""
-    kind: Any = CONFIG_MAPPING[TEXT_MODELS[settings["architectures"][0]]]
+    kind: Any = CONFIG_MAPPING[TEXT_MODELS[architecture(settings)]]
     own = {"model_type", "architectures", "transformers_version", "dtype", "tie_word_embeddings", "rope_parameters"}
     names = {*kind().to_dict(), "rope_theta", "rope_scaling"} - own
-    return kind(tie_word_embeddings=is_tied, **{name: settings[name] for name in names & set(settings) if settings[name] is not None})  # type: ignore[no-any-return]
-
-
-def _tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """With `<image>`, and something to pad with."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    return tokenizer  # type: ignore[no-any-return]
+    own_values = {name: settings[name] for name in names & set(settings) if settings[name] is not None or name == "sliding_window"}  # null: no window
+    return kind(tie_word_embeddings=is_tied, **own_values)  # type: ignore[no-any-return]
 
 
 def _vision_config(tensors: Mapping[str, StoredTensor], folder: Path) -> PretrainedConfig:
@@ -235,12 +238,14 @@ def _vision_config(tensors: Mapping[str, StoredTensor], folder: Path) -> Pretrai
     return kind(**shape, image_size=math.isqrt(places) * patch, patch_size=patch, **own)  # type: ignore[no-any-return]
 
 
-def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The family is what the hub ports made of these settings: tiles of at most N: LLaVA-OneVision; tiles of a LLaMA or Mistral: LLaVA-NeXT; else LLaVA.
+def _config(
+    settings: Mapping[str, Any], text: PretrainedConfig, vision: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PretrainedConfig:
+    """The family is what the hub ports made of these settings: tiles of at most N: LLaVA-OneVision; tiles for a CLIP tower: LLaVA-NeXT; else LLaVA.
 
-    LLaVA-NeXT-Interleave's settings speak of tiles, but its rows hold several images, which are never cut: its ports are plain LLaVA.
+    LLaVA-NeXT-Interleave's settings, with SigLIP, may speak of tiles, but its rows hold several images, which are never cut: its ports are plain LLaVA.
     """
-    is_clip, aspect = vision.model_type == "clip_vision_model", settings.get("image_aspect_ratio") or "square"
+    is_clip, aspect = vision.model_type == "clip_vision_model", str(settings.get("image_aspect_ratio") or "square")
     common = {
         "text_config": text,
         "vision_config": vision,
@@ -249,16 +254,23 @@ def _config(settings: Mapping[str, Any], text: PretrainedConfig, vision: Pretrai
         "vision_feature_layer": settings.get("mm_vision_select_layer", -2) if is_clip else -1,
         "vision_feature_select_strategy": "default" if is_clip and settings.get("mm_vision_select_feature", "patch") == "patch" else "full",
         "tie_word_embeddings": text.tie_word_embeddings,
-        "dtype": getattr(torch, settings.get("torch_dtype") or settings.get("dtype") or "float16"),
+        "dtype": _dtype(settings, folder),
     }
     pinpoints = _pinpoints(settings.get("image_grid_pinpoints"), vision.image_size)
     if aspect.startswith("anyres_max"):
         tokenizer.add_tokens([AddedToken("<video>", special=True, normalized=False)], special_tokens=True)
         video = tokenizer.convert_tokens_to_ids("<video>")
         return LlavaOnevisionConfig(**common, video_token_index=video, image_grid_pinpoints=pinpoints, vision_aspect_ratio=aspect)  # type: ignore[arg-type]
-    if aspect == "anyres" and text.model_type != "qwen2":
+    if aspect == "anyres" and is_clip:
         return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)  # type: ignore[arg-type]
     return LlavaConfig(**common)  # type: ignore[arg-type]
+
+
+def _dtype(settings: Mapping[str, Any], folder: Path) -> torch.dtype:
+    name = settings.get("torch_dtype") or settings.get("dtype") or "float16"
+    if str(name) not in _TYPES:
+        raise InputError(f"{folder}: config.json says torch_dtype {name!r}; expected {', '.join(_TYPES)}: what the weights are stored in")
+    return _TYPES[name]
 
 
 def _pinpoints(written: Any, side: int) -> Any:
@@ -306,10 +318,3 @@ def _check_shapes(config: PretrainedConfig, tensors: Mapping[str, StoredTensor],
     ]
     if problems:
         raise InputError(f"{folder}: {len(problems)} weights do not fit config.json: {'; '.join(problems[:4])}{'; ..' * (len(problems) > 4)}")
-
-
-def keep_aside(original: Original, folder: Path) -> None:
-    """Writes what the way back needs and the hub layout has no place for."""
-    (folder / KEPT_SETTINGS).write_text(json.dumps(original.settings, indent=2) + "\n", encoding="utf-8")
-    if original.kept:
-        save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, folder / KEPT_WEIGHTS, {"format": "pt"})

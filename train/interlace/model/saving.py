@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.model.families import family_of
+from interlace.model.kept import hand_on, keep_aside
 from interlace.model.layouts import hub_name
 from interlace.model.loading import PROCESSOR_FILE, PROMPT_FILE, original_of
-from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, keep_aside
 from interlace.model.processing import Processing
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -88,7 +88,8 @@ def copy_beside(path: str, folder: Path) -> None:
     source = Path(path) if original is None else original.folder
     copy_files(source, folder, LICENCE_FILES)
     if original is None:
-        copy_files(source, folder, (KEPT_SETTINGS, KEPT_WEIGHTS, "video_preprocessor_config.json"))
+        copy_files(source, folder, ("video_preprocessor_config.json",))
+        hand_on(source, folder)
     else:
         keep_aside(original, folder)
 

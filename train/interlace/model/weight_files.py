@@ -1,5 +1,6 @@
 """Weights as they lie in files, whoever wrote them: what is there is known from headers, and each tensor is read by itself, when it is asked for."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -24,6 +25,8 @@ _SAFETENSORS |= {"U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool, "I16":
 _SAFETENSORS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _PADDLE = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "uint16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
 PADDLE_FILE = "model_state.pdparams"
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+_BEGINNINGS = {".bin": (b"PK", b"\x80"), ".pdparams": (b"\x80",)}  # zip archives, pickles
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: there are none, a file is missing or broken, or holds more than tensors (nothing in it is run).
     """
-    for pattern, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _torch_file)):
+    for pattern, read in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _torch_file), (PADDLE_FILE, _paddle_file)):
         index = folder / f"{pattern}.index.json"
         if (folder / pattern).is_file():  # as transformers looks: an index beside it is of an older model
             return _read(folder / pattern, read)
         if index.is_file():
             return _from_index(index, read)
-    if (folder / PADDLE_FILE).is_file():
-        return _read(folder / PADDLE_FILE, _paddle_file)
-    raise InputError(f"{folder}: no weights in this folder; expected model.safetensors, pytorch_model.bin (or an index of either) or {PADDLE_FILE}")
+    raise InputError(f"{folder}: no weights in this folder; expected model.safetensors, pytorch_model.bin or {PADDLE_FILE}, or an index of one of them")
 
 
 def _from_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
@@ -86,15 +87,30 @@ def _from_index(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) ->
     return found
 
 
+class _CodeError(Exception):
+    """A file wants code run."""
+
+
 def _read(path: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    _check_beginning(path)
     try:
         return read(path)
-    except pickle.UnpicklingError as error:
+    except _CodeError as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{path}: refused: a file of weights must hold tensors and nothing else, and this one wants code run ({reason})") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, struct.error) as error:
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, IndexError, EOFError, ValueError, struct.error) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{path} cannot be read: {reason}; it may be half-downloaded: fetch it once more") from None
+
+
+def _check_beginning(path: Path) -> None:
+    """Tells what is no such file at all from one that is broken, or wants code run."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise InputError(f"{path} is a git-LFS pointer, which stands for the weights; fetch them with git lfs pull, or hf download")
+    if path.suffix in _BEGINNINGS and not start.startswith(_BEGINNINGS[path.suffix]):
+        raise InputError(f"{path} cannot be read: it is no file of weights; it may be half-downloaded, or a page of an error: fetch it once more")
 
 
 def safetensors_of(path: Path) -> dict[str, StoredTensor]:
@@ -120,11 +136,16 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # what is not used stays in the file
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        content = torch.load(path, map_location="cpu", weights_only=True)  # older than torch 1.6
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # what is not used stays in the file
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # older than torch 1.6
+    except pickle.UnpicklingError as error:
+        raise _CodeError(str(error)) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, expected tensors by their names")
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     return {name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
 
@@ -171,7 +192,7 @@ class _ArrayUnpickler(pickle._Unpickler):
             return np.dtype
         if (module, name) == ("_codecs", "encode"):  # how older pickles write bytes
             return lambda text, _: text.encode("latin1")
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _CodeError(f"{module}.{name}")
 
     def _take(self, size: int) -> None:
         reader: Any = self
@@ -210,6 +231,14 @@ def _paddle_file(path: Path) -> dict[str, StoredTensor]:
         if isinstance(array.data, _Bytes) and array.data.offset + math.prod(array.shape) * array.dtype.itemsize > size:
             raise EOFError(f"it ends within {name}")
     return {name: StoredTensor(tuple(array.shape), _PADDLE[str(array.dtype)], partial(array.read, path)) for name, array in arrays.items()}
+
+
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """A hash of the names and the beginnings of weights, the same in every floating point type that holds them."""
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(name.encode() + tensors[name].first.float().numpy().tobytes())
+    return content.hexdigest()[:32]
 
 
 # --- writing ---

@@ -7,11 +7,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from interlace.arguments import Arguments
+from interlace.model.kept import KEPT
 from interlace.model.saving import LICENCE_FILES
 
 # What makes the model; the run's records hold paths of the machine it was made on
 PUBLISHED = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "base_model.json", "llava_config.json"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "base_model.json", f"{KEPT}/*"),
     *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "prompt.json"),
     *("preprocessor_config.json", "processor_config.json", "README.md", "training_curves.png", *LICENCE_FILES),
 )
