@@ -50,6 +50,7 @@ from interlace.model.original_settings import bare_settings, tower_settings
 from interlace.model.tokenizer_files import load_tokenizer
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
+_ROWS_AT_ONCE = 8192  # of the embeddings, in float32
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # older versions stored them
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEAD_SIZES = {"siglip_vision_model": 72, "clip_vision_model": 64}  # SigLIP so400m; every CLIP
@@ -295,7 +296,9 @@ def _pad_vocabulary(config: PretrainedConfig, tensors: dict[str, StoredTensor], 
     text.vocab_size = rows + ROWS_ADDED
 
     def pad(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, values.mean(0, keepdim=True, dtype=torch.float32).to(values.dtype).expand(ROWS_ADDED, -1)])
+        sums = [part.sum(0, dtype=torch.float32) for part in values.split(_ROWS_AT_ONCE)]  # at once would take all of them in float32
+        mean = (torch.stack(sums).sum(0, keepdim=True) / len(values)).to(values.dtype)
+        return torch.cat([values, mean.expand(ROWS_ADDED, -1)])
 
     for name in (EMBEDDINGS, HEAD):
         if name in tensors:
