@@ -1,9 +1,7 @@
 """A model's folder from its authors' layout, or PaddleMIX's, to Hugging Face's, and back; weights go through file by file."""
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from interlace.errors import InputError
+from interlace.files import whole_or_not_at_all
 from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, ROWS_ADDED, TEXT_MODELS, hub_name, original_name
 from interlace.model.loading import load_config, load_processing, local_folder, original_of
 from interlace.model.original import KEPT_SETTINGS, KEPT_WEIGHTS, keep_aside
@@ -66,19 +65,6 @@ def to_original(source: str, output_dir: Path, progress: Progress = iter) -> Non
         write_sharded(tensors, scratch, progress)
         (scratch / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         copy_files(folder, scratch, (*_TOKENIZER_FILES, *LICENCE_FILES))
-
-
-@contextmanager
-def whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `output_dir` at the end, and is removed when something fails."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as name:
-        scratch = Path(name) / output_dir.name
-        scratch.mkdir()
-        yield scratch
-        if output_dir.exists():
-            output_dir.rmdir()  # empty, or this stops here
-        scratch.rename(output_dir)
 
 
 def original_form(folder: Path, config: PretrainedConfig, pads_images: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
