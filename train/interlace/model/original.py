@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from interlace.errors import InputError
+from interlace.files import set_default_mode
 from interlace.model.layouts import EMBEDDINGS, HEAD, LANGUAGE_MODELS, ROWS_ADDED, TEXT_MODELS, VISION, hub_name, is_original, named_by_hub, original_name
 from interlace.model.llava import with_aspect_ratio
 from interlace.model.weight_files import PADDLE_FILE, StoredTensor, stored_tensors
@@ -208,7 +209,7 @@ def _text_config(settings: Mapping[str, Any], is_tied: bool) -> PretrainedConfig
 def _tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerBase:
     """With `<image>`, and something to pad with."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=text)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=text, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
@@ -313,3 +314,4 @@ def keep_aside(original: Original, folder: Path) -> None:
     (folder / KEPT_SETTINGS).write_text(json.dumps(original.settings, indent=2) + "\n", encoding="utf-8")
     if original.kept:
         save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, folder / KEPT_WEIGHTS, {"format": "pt"})
+        set_default_mode(folder / KEPT_WEIGHTS)
