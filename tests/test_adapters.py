@@ -89,6 +89,19 @@ def test_what_a_run_saves_is_what_peft_computes(make_arguments: Make, rows_file:
         assert (load_model(str(tiny_dir), torch.float32).eval()(**inputs).logits - expected).abs().max() > 1e-2
 
 
+def test_a_merged_model_says_which_type_its_weights_have(tmp_path: Path, tiny_dir: Path) -> None:
+    """That of the base unless another is asked for: transformers and vLLM load what config.json says."""
+    base, kept = tiny_dir, {}
+    for name, dtype in (("one", None), ("two", "bfloat16"), ("three", None), ("four", "float16")):  # each on the one before
+        peft_adapter(base, tmp_path / f"{name}_adapter")
+        base = tmp_path / name
+        merge(str(tmp_path / f"{name}_adapter"), base, dtype)
+        settings = json.loads((base / "config.json").read_text())
+        kept[name] = {settings["dtype"], settings["text_config"]["dtype"], settings["vision_config"]["dtype"]}
+        kept[name] |= {str(tensor.dtype).removeprefix("torch.") for tensor in load_file(base / "model.safetensors").values()}
+    assert kept == {"one": {"float32"}, "two": {"bfloat16"}, "three": {"bfloat16"}, "four": {"float16"}}
+
+
 # --- that do not fit ---
 
 

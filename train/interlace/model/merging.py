@@ -24,8 +24,10 @@ def merge(adapter_path: str, output_dir: Path, dtype: str | None = None) -> tupl
     check_base(adapter_path)
     processing = load_processing(adapter_path)  # before the weights: what is missing is told at once
     adapted: Any = load_adapter(load_model(adapter_path, torch.float32), adapter_path)
-    stored = load_config(base).dtype or torch.float32
-    model = adapted.merge_and_unload().to(getattr(torch, dtype) if dtype else stored)
+    kept = getattr(torch, dtype) if dtype else load_config(base).dtype or torch.float32
+    model = adapted.merge_and_unload().to(kept)
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = kept  # what others load it in when they are told nothing
     with whole_or_not_at_all(output_dir) as scratch:
         save_model(model, scratch)
         save_processing(processing, scratch)
