@@ -130,7 +130,7 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
     try:
         config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
+        raise InputError(f"{path}: the model's configuration cannot be loaded: {' '.join(str(error).split())}") from error
     family, trained = family_of(config), Path(path) / PROCESSOR_FILE
     if image_aspect_ratio is None and base != path and trained.is_file():
         image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")

@@ -108,7 +108,7 @@ _LOADS = [
     'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")',
     'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
 ]
-_QUESTION = [{"type": "image"}, {"type": "text", "text": "\nWhat is in the image?"}]
+_QUESTION: Any = [{"type": "image"}, {"type": "text", "text": "\nWhat is in the image?"}]
 _ASKS = [
     "",
     f"content = {json.dumps(_QUESTION)}",
