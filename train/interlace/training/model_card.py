@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from interlace.arguments import SCHEMA_PATH
+from interlace.model.adapters import read_adapter_config
+from interlace.model.families import family_of
 from interlace.model.loading import ADAPTER_CONFIG, original_of
 from interlace.model.processing import Processing
 from interlace.model.saving import LICENCE_FILES
@@ -94,7 +96,7 @@ def write_model_card(output_dir: Path, log_history: Sequence[Mapping[str, float]
         versions=", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft")),
         arguments="\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in _chosen(arguments).items()),
         figures="\n".join(f"| {label} | {last[name]:.4f} |" for name, label in _figures(last).items()),
-        needs=_needs_of_adapter(environment["packages"]) if is_adapter else "",
+        needs=_needs_of_adapter(output_dir, family_of(processing.config).vision_tower, environment["packages"]) if is_adapter else "",
         use="\n".join([*(_loads_adapter(base, original_of(path) is not None) if is_adapter else _LOADS), *_ASKS]),
         prompt=_asked(processing),
         licences=f" ({', '.join(licences)})" if licences else "; look it up there",
@@ -105,7 +107,7 @@ def write_model_card(output_dir: Path, log_history: Sequence[Mapping[str, float]
 _IMPORTS = ["from PIL import Image", "from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
 _LOADS = [
     *_IMPORTS,
-    'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")',
+    'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")  # torch_dtype before transformers 4.56',
     'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
 ]
 _QUESTION: Any = [{"type": "image"}, {"type": "text", "text": "\nWhat is in the image?"}]
@@ -129,16 +131,20 @@ def _loads_adapter(base: str, is_original: bool) -> list[str]:
     return [
         "from peft import PeftModel",
         *_IMPORTS,
-        f'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")',
+        f'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")  # torch_dtype before transformers 4.56',
         'model = PeftModel.from_pretrained(model, "THIS_FOLDER")',
         'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
     ]
 
 
-def _needs_of_adapter(packages: Mapping[str, str]) -> str:
+def _needs_of_adapter(folder: Path, vision_tower: str, packages: Mapping[str, str]) -> str:
+    """Which versions find the layers that the adapter is for: LLaVA's were renamed in 4.52, vision towers in 5."""
+    adapter: Any = read_adapter_config(str(folder))
+    has_tower = vision_tower in (adapter.modules_to_save or ()) or vision_tower in str(adapter.target_modules)
+    made = f"made with {packages['peft']} and {packages['transformers']}"
     return (
-        f"The adapter needs transformers 5 (made with {packages['transformers']}) and PEFT ({packages['peft']}): older versions name the layers otherwise, "
-        "and find none of its own. What `merge_adapter.py` makes of adapter and base needs neither.\n\n"
+        f"The adapter needs PEFT and transformers {'5' if has_tower else '4.52'} or newer ({made}): in older versions the layers that it is for have other "
+        "names. What `merge_adapter.py` makes of adapter and base needs no PEFT.\n\n"
     )
 
 
