@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -122,6 +122,8 @@ def misfit(kind: str, base: Path, folder: Path) -> Path:
         file.write_bytes(file.read_bytes()[:-50])
     elif kind == "no weights":
         file.unlink()
+    elif kind == "learned prompt":
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, base_model_name_or_path=str(base)).save_pretrained(folder)
     elif kind == "broken settings":
         settings.write_text(settings.read_text()[:-20])
     return folder
@@ -134,6 +136,7 @@ KINDS = {
     "no such layers": "does not fit .*c_attn",
     "half a file": "does not fit ",
     "no weights": "does not fit ",
+    "learned prompt": "an adapter of kind PROMPT_TUNING puts tokens before every prompt; expected LoRA",
     "broken settings": "adapter_config.json cannot be read",
 }
 
@@ -209,6 +212,14 @@ def test_a_base_without_a_tokenizer_leaves_nothing_behind(tmp_path: Path, tiny_d
         shutil.copy(file, base)
     merge(str(tmp_path / "adapter"), tmp_path / "merged")  # again, into the same folder
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_only_lora_is_continued(tmp_path: Path, tiny_dir: Path, make_arguments: Make, rows_file: Path) -> None:
+    adapted: Any = get_peft_model(AutoModelForImageTextToText.from_pretrained(tiny_dir), IA3Config(target_modules=LAYERS, feedforward_modules=[]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="is an adapter of kind IA3; expected LoRA"):
+        finetune(make_arguments(rows_file, lora=True, lora_path=str(tmp_path / "adapter"), tunable_parts="language_model"))
+    merge(str(tmp_path / "adapter"), tmp_path / "merged")
 
 
 def test_an_adapter_in_torch_s_own_file_is_continued(tmp_path: Path, tiny_dir: Path, make_arguments: Make) -> None:

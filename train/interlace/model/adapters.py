@@ -19,12 +19,15 @@ def read_adapter_config(path: str) -> PeftConfig:
     """The settings of an adapter's folder.
 
     Raises:
-        InputError: the file is missing or broken, or of a kind of adapter that PEFT does not know.
+        InputError: the file is missing or broken, or of a kind of adapter that PEFT does not know, or that changes no weights.
     """
     try:
-        return PeftConfig.from_pretrained(path)
+        config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: {ADAPTER_CONFIG} cannot be read: {error}; expected what PEFT writes") from error
+    if config.is_prompt_learning:
+        raise InputError(f"{path}: an adapter of kind {config.peft_type.value} puts tokens before every prompt; expected LoRA, or another that changes weights")
+    return config
 
 
 def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:

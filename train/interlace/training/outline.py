@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -71,5 +72,7 @@ def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
     if not (Path(arguments["lora_path"]) / "adapter_config.json").is_file():
         raise InputError(f"lora_path: {arguments['lora_path']}: no adapter_config.json in this folder")
     saved: Any = read_adapter_config(arguments["lora_path"])
+    if not isinstance(saved, LoraConfig):
+        raise InputError(f"lora_path: {arguments['lora_path']} is an adapter of kind {saved.peft_type.value}; expected LoRA")
     targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
     return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
