@@ -74,5 +74,5 @@ def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
     saved: Any = read_adapter_config(arguments["lora_path"])
     if not isinstance(saved, LoraConfig):
         raise InputError(f"lora_path: {arguments['lora_path']} is an adapter of kind {saved.peft_type.value}; expected LoRA")
-    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules or ())
     return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)
