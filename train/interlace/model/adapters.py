@@ -13,6 +13,11 @@ from interlace.errors import InputError
 from interlace.model.weight_files import safetensors_of
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+PROCESSOR_FILE = "processor_config.json"
+PROCESSING_FILES = {  # any of which says that it is there
+    "tokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"),
+    "image processor": ("preprocessor_config.json", PROCESSOR_FILE),
+}
 
 
 def read_adapter_config(path: str) -> PeftConfig:
@@ -49,3 +54,8 @@ def load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) 
         reason = textwrap.shorten(str(error), 400, placeholder=" ..")
         raise InputError(f"{path}: this adapter does not fit {model.name_or_path}: {reason}; expected the model that it was trained on") from error
     return peft
+
+
+def own_processing(path: str) -> list[str]:
+    """Which of `PROCESSING_FILES` an adapter's folder holds: PEFT alone writes neither, TRL what it was given."""
+    return [part for part, files in PROCESSING_FILES.items() if any((Path(path) / file).is_file() for file in files)]

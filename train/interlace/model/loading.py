@@ -28,7 +28,7 @@ from interlace.data import demo
 from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
-from interlace.model.adapters import ADAPTER_CONFIG, load_adapter, read_adapter_config
+from interlace.model.adapters import ADAPTER_CONFIG, PROCESSING_FILES, PROCESSOR_FILE, load_adapter, own_processing, read_adapter_config
 from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import Original, open_original
@@ -37,12 +37,7 @@ from interlace.model.weight_files import StoredTensor, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
-PROCESSOR_FILE = "processor_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
-_PROCESSING_FILES = {
-    "tokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"),
-    "image processor": ("preprocessor_config.json", PROCESSOR_FILE),
-}
 OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
 
 
@@ -163,7 +158,7 @@ def load_processing(
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
     """
     config, base = load_config(path, trust_remote_code, image_aspect_ratio), base_of(path)
-    own, remote = _own_processing(path), {"trust_remote_code": trust_remote_code}
+    own, remote = own_processing(path), {"trust_remote_code": trust_remote_code}
     words, pictures = (path if base == path or part in own else base for part in ("tokenizer", "image processor"))
     original = original_of(base) if base in (words, pictures) else None
     try:
@@ -185,16 +180,11 @@ def load_processing(
         _check_style(template, family, config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    borrowed = [part for part in _PROCESSING_FILES if base != path and part not in own]
+    borrowed = [part for part in PROCESSING_FILES if base != path and part not in own]
     notes = [f"{path} has no {' and no '.join(borrowed)} of its own; taken from its base, {base}"] if borrowed else []
     file = file_of(path, PROCESSOR_FILE)
     notes += [] if file is None else [f"{path}: {PROCESSOR_FILE} {found}" for found in contradictions(json.loads(file.read_text(encoding="utf-8")), config)]
     return Processing(tokenizer, image_processor, template, config, tuple(notes))
-
-
-def _own_processing(path: str) -> list[str]:
-    """What an adapter's folder holds beside the adapter: PEFT alone writes neither, TRL what it was given."""
-    return [part for part, files in _PROCESSING_FILES.items() if any((Path(path) / file).is_file() for file in files)]
 
 
 def _prompt_settings(path: str, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
