@@ -15,6 +15,7 @@ from interlace.model.conversion import to_hub
 from interlace.model.merging import merge
 from tests import small_families
 from tests.conftest import ROOT, write_rows
+from tests.test_adapters import inputs_of
 from tests.test_conversion import assert_same_model, make_model, original_weights, write_original
 
 pytestmark = pytest.mark.slow
@@ -153,6 +154,46 @@ def test_transformers_4_51_reads_what_we_save_with_equal_logits(older_python: Pa
     assert torch.equal(found[0]["ids"], found[1]["ids"])
     torch.testing.assert_close(found[0]["pixels"], found[1]["pixels"], rtol=0, atol=0.05)
     torch.testing.assert_close(found[0]["logits"], found[1]["logits"], rtol=1e-3, atol=1e-3)
+
+
+READ_ADAPTER = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+inputs = torch.load(sys.argv[3])
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+with torch.no_grad():
+    torch.save(PeftModel.from_pretrained(model, sys.argv[2]).eval()(**inputs).logits, sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "has_tower", "is_read"), [("4.51.3", False, False), ("4.52.4", False, True), ("4.57.3", False, True), ("4.57.3", True, False)]
+)
+def test_an_adapter_is_read_from_the_version_on_that_its_card_names(tmp_path: Path, tiny_dir: Path, version: str, has_tower: bool, is_read: bool) -> None:
+    import torch
+
+    folder = tmp_path / "older"
+    packages = [f"transformers=={version}", "huggingface_hub==0.36.0", f"tokenizers=={'0.22.1' if version.startswith('4.57') else '0.21.4'}"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        pytest.skip(f"{', '.join(packages)} cannot be installed here: {done.stderr[-200:]}")
+    config = {"model_name_or_path": str(tiny_dir), "output_dir": str(tmp_path / "run"), "lora": True, "max_steps": 2, "use_cpu": True, "learning_rate": 0.01}
+    config |= {"dataset": {"train": [{"data_files": str(write_rows(tmp_path, 4))}]}, "tunable_parts": "projector,language_model" + ",vision_tower" * has_tower}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("train/supervised_finetune.py", tmp_path / "config.json").returncode == 0
+    torch.save(inputs_of(tiny_dir), tmp_path / "inputs")
+    read = []
+    for name, path in (("new", ""), ("old", str(folder))):
+        words = [sys.executable, "-c", READ_ADAPTER, str(tiny_dir), str(tmp_path / "run"), str(tmp_path / "inputs"), str(tmp_path / name)]
+        read.append(subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, check=False))
+    assert read[0].returncode == 0, read[0].stderr[-2000:]
+    assert (read[1].returncode == 0) == is_read, read[1].stderr[-2000:]
+    if is_read:
+        torch.testing.assert_close(torch.load(tmp_path / "old"), torch.load(tmp_path / "new"), rtol=0, atol=1e-5)
+    named = "needs PEFT and transformers 5 or newer" if has_tower else "needs PEFT and transformers 4.52 or newer"
+    assert named in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_only_a_model_trained_with_images_in_place_tells_them_apart(tmp_path: Path) -> None:

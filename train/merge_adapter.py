@@ -18,7 +18,8 @@ def main() -> None:
         raise InputError(f"{options.output_dir} is not empty; choose a new folder")
     from interlace.model.merging import merge
 
-    merge(options.adapter_path, options.output_dir, options.dtype)
+    for note in merge(options.adapter_path, options.output_dir, options.dtype):
+        print(note)
     print(f"merged model in {options.output_dir}")
 
 

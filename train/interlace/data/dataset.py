@@ -24,6 +24,7 @@ from interlace.data.reading import Headers, Record, Row, RowReader
 from interlace.data.sources import Source
 from interlace.data.store import SCHEMA, SHORTENED, SKIPPED, TRAINED, Store, content_of, to_batch
 from interlace.errors import InputError
+from interlace.files import set_default_mode
 
 _ROWS_PER_CHUNK = 256
 _ROWS_WITH_MEDIA_PER_CHUNK = 32  # rows of tables and archives hold whole images
@@ -226,7 +227,7 @@ class _Making:
         self.writer.close()
         source = {"file": self.file, "made": time.time(), "content": self.content.hexdigest()}
         (self.scratch / "source.json").write_text(json.dumps(source) + "\n", encoding="utf-8")
-        self.scratch.chmod(0o755)
+        set_default_mode(self.scratch)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.scratch.rename(self.folder)
 

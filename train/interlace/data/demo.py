@@ -18,6 +18,7 @@ import PIL.ImageOps
 from tqdm import tqdm
 
 from interlace.errors import InputError
+from interlace.files import set_default_mode
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
 MODEL = FOLDER / "model"
@@ -63,7 +64,7 @@ def prepare() -> Path:
     scratch = Path(tempfile.mkdtemp(prefix="files-", dir=FOLDER))
     write_files(scratch, digits.images, digits.target)
     (scratch / f"version-{VERSION}").touch()
-    scratch.chmod(0o755)
+    set_default_mode(scratch)
     if not (folder / f"version-{VERSION}").is_file():
         try:
             if folder.exists():

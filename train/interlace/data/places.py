@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from interlace.data.download import UrlPolicy, download, is_url
 from interlace.data.sample import IMAGE_SUFFIXES, BadRow, Image, Place, Video
+from interlace.files import set_default_mode
 
 _LONGEST_PATH = 1024
 
@@ -62,7 +63,7 @@ class MediaFolder:
             handle, scratch = tempfile.mkstemp(dir=path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-                os.fchmod(handle, 0o644)  # the cache may be shared
+            set_default_mode(Path(scratch))  # the cache may be shared
             Path(scratch).replace(path)  # whole or not at all, whoever else writes it
         return Place(str(path))
 

@@ -1,6 +1,7 @@
 """Answers from a model: batched, left-padded, images at their places; what all questions of a batch begin with is computed once."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from interlace.arguments import is_main_process
 from interlace.data.media import check_image, open_images
 from interlace.data.sample import Image, Place, Turn, media_of
 from interlace.errors import InputError
@@ -198,6 +200,8 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
     device = default_device()
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     processing = load_processing(resolve_model_path(path))
+    for note in processing.notes if is_main_process() else ():
+        print(note, file=sys.stderr)
     is_quantized = load_in_4bit or load_in_8bit
     if fsdp and not torch.distributed.is_initialized():
         raise InputError("--fsdp shares the weights between processes: torchrun --nproc-per-node 8 train/evaluate_model.py ...")

@@ -1,9 +1,7 @@
 """A model's folder from its authors' layout, or PaddleMIX's, to Hugging Face's, and back; weights go through file by file."""
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from interlace.errors import InputError
+from interlace.files import whole_or_not_at_all
 from interlace.model.kept import keep_aside, kept_settings, kept_weights
 from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, TEXT_MODELS, architecture, hub_name, is_language_model, original_name, read_settings
 from interlace.model.loading import ADAPTER_CONFIG, generation_settings, load_config, load_processing, local_folder, original_of, sound_generation
@@ -85,19 +84,6 @@ def _what_it_is(folder: Path) -> str:
     if architecture(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return "is in Hugging Face's layout already"
     return f"is a {architecture(settings) or settings.get('model_type')}, which Interlace does not know"
-
-
-@contextmanager
-def whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `output_dir` at the end, and is removed when something fails."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as name:
-        scratch = Path(name) / output_dir.name
-        scratch.mkdir()
-        yield scratch
-        if output_dir.exists():
-            output_dir.rmdir()  # empty, or this stops here
-        scratch.rename(output_dir)
 
 
 def original_form(folder: Path, config: PretrainedConfig, pads_images: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The little that differs per model family, as a table keyed by `config.model_type`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ class Family:
     layout: how the hub spells the weights.
     prompt_style, system_prompt: those its models were trained with; None for what goes with the tokenizer, and with the style.
     tiling: None where an image's tokens are those of its tiles, in order.
+    processor_tokens: (contents of a processor_config.json, config) -> tokens of a tile as that processor counts them, None where the file does not say.
     sees_whole_images: whether the tokens of an image attend to each other in both directions. An image's own tokens never stand next to another image's.
     """
 
@@ -91,6 +92,7 @@ class Family:
     prompt_style: StyleName | None = None
     system_prompt: str | None = None
     tiling: Tiling | None = None
+    processor_tokens: Callable[[Mapping[str, Any], PretrainedConfig], int | None] | None = None
     sees_whole_images: bool = False
 
     @property
@@ -118,6 +120,7 @@ _LLAVA: dict[str, Any] = {
     "tower": Tower(llava.square_patches, llava.tower_tokens, llava.tower_width, llava.attends_to_tile),
     "processor": "LlavaProcessor",
     "processor_settings": llava.llava_processor,
+    "processor_tokens": llava.llava_processor_tokens,
     "layout": LLAVA_LAYOUT,
 }
 _LLAVA_NEXT = _LLAVA | {
@@ -134,6 +137,7 @@ _LLAVA_ONEVISION = _LLAVA_NEXT | {
     "num_tiles": llava.onevision_num_tiles,
     "processor": "LlavaOnevisionProcessor",
     "processor_settings": llava.onevision_processor,
+    "processor_tokens": llava.onevision_processor_tokens,
     "tiling": Tiling("image_newline", llava.onevision_assemble),
 }
 _QWEN2_VL: dict[str, Any] = {

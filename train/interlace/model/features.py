@@ -24,6 +24,7 @@ from torch import nn
 
 from interlace.data.places import open_bytes
 from interlace.data.sample import Place
+from interlace.files import set_default_mode
 
 _WAITING_BYTES = 512 << 20  # of features that may wait for the disk
 _ABANDONED_SECONDS = 3600  # after which a file that is still being written is not any more
@@ -92,7 +93,7 @@ class FeatureStore:
         os.close(descriptor)
         try:
             save_file({"features": features.contiguous()}, scratch, about)
-            Path(scratch).chmod(0o644)
+            set_default_mode(Path(scratch))
             Path(scratch).replace(path)
         except SafetensorError as error:  # what a full disk becomes in there
             raise OSError(str(error)) from error

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.errors import InputError
-from interlace.model.conversion import Progress, whole_model, whole_or_not_at_all
+from interlace.files import whole_or_not_at_all
+from interlace.model.conversion import Progress, whole_model
 from interlace.model.gguf_vocabulary import Vocabulary, read_vocabulary
 from interlace.model.layouts import EMBEDDINGS, HEAD, VISION, hub_name
 from interlace.model.loading import load_processing, original_of

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from interlace.files import set_default_mode
 from interlace.model.layouts import VISION, read_settings
 from interlace.model.original import Original
 from interlace.model.tokenizer_files import copy_tokenizer
@@ -26,6 +27,7 @@ def keep_aside(original: Original, folder: Path) -> None:
     _write_json(kept / _TOWER, {"fingerprint": fingerprint(_tower(original.tensors))})
     if original.kept:
         save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, kept / _WEIGHTS, {"format": "pt"})
+        set_default_mode(kept / _WEIGHTS)
     copy_text_files(original.folder, kept)
 
 
@@ -35,7 +37,7 @@ def hand_on(source: Path, folder: Path) -> None:
         shutil.copytree(source / KEPT, folder / KEPT, dirs_exist_ok=True)
     elif (source / "tokenizer.model").is_file():
         (folder / KEPT).mkdir(exist_ok=True)
-        shutil.copy(source / "tokenizer.model", folder / KEPT)
+        shutil.copyfile(source / "tokenizer.model", folder / KEPT / "tokenizer.model")
 
 
 def has_original(folder: Path) -> bool:

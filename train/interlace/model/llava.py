@@ -1,6 +1,6 @@
 """The LLaVA families: images of one square size, or cut into tiles of it; a tower whose layer is chosen, a projector behind it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -267,6 +267,21 @@ def llava_processor(config: PretrainedConfig) -> dict[str, Any]:
         "patch_size": config.vision_config.patch_size,
         "num_additional_image_tokens": tokens,
     }
+
+
+def llava_processor_tokens(settings: Mapping[str, Any], config: PretrainedConfig) -> int | None:
+    """See `Family.processor_tokens`; as `LlavaProcessor` and `LlavaNextProcessor` count."""
+    patch = settings.get("patch_size")
+    if not isinstance(patch, int) or patch < 1:
+        return None
+    more = settings.get("num_additional_image_tokens") or 0
+    return (config.vision_config.image_size // patch) ** 2 + int(more) - int(settings.get("vision_feature_select_strategy") == "default")
+
+
+def onevision_processor_tokens(settings: Mapping[str, Any], config: PretrainedConfig) -> int | None:
+    """See `Family.processor_tokens`; as `LlavaOnevisionProcessor` counts."""
+    tokens = settings.get("num_image_tokens")
+    return tokens - int(settings.get("vision_feature_select_strategy") == "default") if isinstance(tokens, int) else None
 
 
 def onevision_processor(config: PretrainedConfig) -> dict[str, Any]:

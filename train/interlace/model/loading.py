@@ -2,14 +2,14 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -28,16 +28,15 @@ from interlace.data import demo
 from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
+from interlace.model.adapters import ADAPTER_CONFIG, PROCESSING_FILES, PROCESSOR_FILE, load_adapter, own_processing, read_adapter_config
 from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name, read_settings
 from interlace.model.original import Original, open_original
-from interlace.model.processing import Processing
+from interlace.model.processing import Processing, contradictions
 from interlace.model.weight_files import StoredTensor, fingerprint, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
 PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
-PROCESSOR_FILE = "processor_config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "base_model.json"  # what an adapter was trained on
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
@@ -65,23 +64,38 @@ def base_of(path: str) -> str:
     """The base model of an adapter directory, or `path` itself where there is no adapter."""
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         return path
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    base = read_adapter_config(path).base_model_name_or_path
     if not base:
         raise InputError(f"{path}: {ADAPTER_CONFIG} names no base model")
     return resolve_model_path(base)
 
 
-def local_folder(path: str, may_fetch: bool = True) -> Path:
+def local_folder(path: str, may_fetch: bool = True, patterns: Sequence[str] | None = None) -> Path:
     """The folder of a model: itself, or where the hub's files are kept, fetched first if need be.
+
+    Args:
+        patterns: of the files that are wanted; None for all that may be of use.
 
     Raises:
         InputError: nothing is kept, and nothing may or can be fetched.
     """
+    if Path(path).is_dir():
+        return Path(path)
     try:
-        return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=not may_fetch, ignore_patterns=OTHER_WEIGHTS))
+        return Path(snapshot_download(path, local_files_only=not may_fetch, allow_patterns=list(patterns) if patterns else None, ignore_patterns=OTHER_WEIGHTS))
     except (OSError, HFValidationError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise InputError(f"{path} is no folder here, and cannot be had from the hub: {reason}; check the name, and the connection") from None
+
+
+def file_of(path: str, name: str) -> Path | None:
+    """A small file of a model, from its folder or the hub; None where there is none."""
+    if Path(path).is_dir():
+        return Path(path) / name if (Path(path) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(path, name))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
 
 
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
@@ -93,11 +107,8 @@ def original_of(path: str, vision_tower: str | None = None) -> Original | None:
     Raises:
         InputError: see `open_original`.
     """
-    try:
-        config_file = Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
-        settings = read_settings(config_file)
-    except (OSError, HFValidationError):
-        return None
+    config_file = file_of(path, "config.json")
+    settings = {} if config_file is None else read_settings(config_file)
     is_wanted = is_original(settings) or (vision_tower is not None and is_language_model(settings))
     return open_original(local_folder(path), vision_tower) if is_wanted else None
 
@@ -116,7 +127,7 @@ def load_config(path: str, trust_remote_code: bool = False, image_aspect_ratio: 
     try:
         config = copy.deepcopy(original.config) if original else AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"{path}: the model's configuration cannot be loaded: {error}") from error
+        raise InputError(f"{path}: the model's configuration cannot be loaded: {' '.join(str(error).split())}") from error
     family, trained = family_of(config), Path(path) / PROCESSOR_FILE
     if image_aspect_ratio is None and base != path and trained.is_file():
         image_aspect_ratio = json.loads(trained.read_text(encoding="utf-8")).get("vision_aspect_ratio")
@@ -137,7 +148,7 @@ def load_processing(
     max_pixels: int | None = None,
     **prompt: Any,
 ) -> Processing:
-    """Tokenizer, image processor and template of a model or adapter directory.
+    """Tokenizer, image processor and template of a model or adapter directory; of its base where the adapter's has none of its own.
 
     Args:
         system_prompt: None takes the one the model was trained with by Interlace, else the style's own.
@@ -148,18 +159,20 @@ def load_processing(
     Raises:
         InputError: files are missing, the tokenizer does not fit, or the model cannot take images in this way.
     """
-    config = load_config(path, trust_remote_code, image_aspect_ratio)
-    original = None if (Path(path) / ADAPTER_CONFIG).is_file() else original_of(path)
+    config, base = load_config(path, trust_remote_code, image_aspect_ratio), base_of(path)
+    own, remote = own_processing(path), {"trust_remote_code": trust_remote_code}
+    words, pictures = (path if base == path or part in own else base for part in ("tokenizer", "image processor"))
+    original = original_of(base) if base in (words, pictures) else None
     try:
-        if original is not None:
-            tokenizer, image_processor = original.tokenizer, original.image_processor()
+        tokenizer = original.tokenizer if original and words == base else AutoTokenizer.from_pretrained(words, **remote)
+        if original and pictures == base:
+            image_processor = original.image_processor()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
+            image_processor = AutoImageProcessor.from_pretrained(pictures, backend=IMAGE_BACKEND, **remote)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
     family = family_of(config)
-    prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer, family)
+    prompt = _prompt_settings(words, prompt | {"system_prompt": system_prompt}, tokenizer, family)
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
         images = family.images(config, image_processor, tokenizer)
@@ -169,13 +182,18 @@ def load_processing(
         _check_style(template, family, config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    return Processing(tokenizer, image_processor, template, config)
+    borrowed = [part for part in PROCESSING_FILES if base != path and part not in own]
+    notes = [f"{path} has no {' and no '.join(borrowed)} of its own; taken from its base, {base}"] if borrowed else []
+    file = file_of(path, PROCESSOR_FILE)
+    notes += [] if file is None else [f"{path}: {PROCESSOR_FILE} {found}" for found in contradictions(json.loads(file.read_text(encoding="utf-8")), config)]
+    return Processing(tokenizer, image_processor, template, config, tuple(notes))
 
 
-def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
-    """What was chosen, else what the model in this folder was trained with, else what its tokenizer and family were made for."""
+def _prompt_settings(path: str, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
+    """What was chosen, else what the model of this folder or hub id was trained with, else what its tokenizer and family were made for."""
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
+    file = file_of(path, PROMPT_FILE)
+    kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
     if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
         kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
     style = family.prompt_style or ("vicuna_v1" if known_id(tokenizer, "<|im_start|>") is None else "chatml")
@@ -332,5 +350,5 @@ def load_for_inference(path: str, dtype: torch.dtype, quantization_config: BitsA
     model = load_model(path, dtype, quantization_config)
     if (Path(path) / ADAPTER_CONFIG).is_file():
         check_base(path)
-        return PeftModel.from_pretrained(model, path).eval()
+        return load_adapter(model, path).eval()
     return model.eval()

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from interlace.errors import InputError
+from interlace.model.adapters import ADAPTER_FILE
 from interlace.model.tuning import TunedModel
 from interlace.ranks import Ranks
 
 Weights = dict[str, torch.Tensor]
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def begin(tuned: TunedModel, init: str, seed: int, ranks: Ranks, device: torch.device, checkpoint: Path | None = None) -> TunedModel:

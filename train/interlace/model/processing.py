@@ -1,6 +1,6 @@
 """What stands between files and the model: tokenizer, template, and images as the model takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,12 +18,13 @@ from interlace.model.images import Images
 
 @dataclass(frozen=True)
 class Processing:
-    """What turns text and images into model inputs."""
+    """What turns text and images into model inputs; `notes` is what its user should know about the files that it was made from."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
     template: ChatTemplate
     config: PretrainedConfig
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def images(self) -> Images:
@@ -75,3 +76,12 @@ class Processing:
         settings = {"image_token": self.tokenizer.convert_ids_to_tokens(self.config.image_token_id), "video_token": self.template.video_text}
         settings |= {"processor_class": family.processor, **family.processor_settings(self.config)}
         return {name: value for name, value in settings.items() if value is not None}
+
+
+def contradictions(settings: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
+    """What a model's `processor_config.json` says otherwise than its configuration: early files of the hub ports count one token per image too few."""
+    family = family_of(config)
+    counted, expected = family.processor_tokens and family.processor_tokens(settings, config), family.tokens_per_tile(config)
+    if counted in (None, expected):
+        return []
+    return [f"counts {counted} tokens per image, config.json {expected}; config.json is followed, as the model itself does"]

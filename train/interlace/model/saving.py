@@ -11,10 +11,11 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PretrainedConfig, PreTrainedModel
 
 from interlace.data.vicuna import SentencePieceStyle
+from interlace.files import set_default_mode
 from interlace.model.families import family_of
-from interlace.model.kept import hand_on, keep_aside
+from interlace.model.kept import KEPT, hand_on, keep_aside
 from interlace.model.layouts import hub_name
-from interlace.model.loading import PROCESSOR_FILE, PROMPT_FILE, original_of
+from interlace.model.loading import PROCESSOR_FILE, PROMPT_FILE, local_folder, original_of
 from interlace.model.processing import Processing
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -59,6 +60,8 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     if model.config.tie_word_embeddings:  # of the whole, not of its language model: what transformers goes by
         state.pop(hub_name("lm_head.weight", layout), None)
     save_torch_state_dict(state, folder, max_shard_size="5GB")
+    for file in folder.glob("model*.safetensors"):
+        set_default_mode(file)
     model.generation_config.save_pretrained(folder)
     save_config(model.config, type(model).__name__, folder)
 
@@ -85,7 +88,8 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
 def copy_beside(path: str, folder: Path) -> None:
     """Copies what belongs to a base model beside its weights: licence and notice files, and what its authors' layout has more than the hub's."""
     original = original_of(path)
-    source = Path(path) if original is None else original.folder
+    wanted = [*LICENCE_FILES, f"{KEPT}/*", "tokenizer.model", "video_preprocessor_config.json"]  # of a hub id, loading has fetched what it needs and no more
+    source = local_folder(path, patterns=wanted) if original is None else original.folder
     copy_files(source, folder, LICENCE_FILES)
     if original is None:
         copy_files(source, folder, ("video_preprocessor_config.json",))
@@ -98,7 +102,7 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
     """Copies the files whose names match, if there are any."""
     for pattern in patterns:
         for file in source.glob(pattern):
-            shutil.copy(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # not its mode
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path, text: PretrainedConfig) -> PreTrainedTokenizerB
         # of SentencePiece's file AutoTokenizer makes one that cuts otherwise, where the settings name no class, or PaddleMIX's
         kind: Any = AutoTokenizer if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")) else LlamaTokenizer
         try:
-            tokenizer = kind.from_pretrained(name, config=text) if kind is AutoTokenizer else kind.from_pretrained(name)
+            tokenizer = kind.from_pretrained(name, config=text, trust_remote_code=False) if kind is AutoTokenizer else kind.from_pretrained(name)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise InputError(f"{folder}: the tokenizer cannot be loaded: {error!r}; it may be half-downloaded: fetch it once more") from error
     tokenizer.name_or_path = str(folder)

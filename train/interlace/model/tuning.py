@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from interlace.errors import InputError
+from interlace.model.adapters import load_adapter, read_adapter_config
 from interlace.model.families import Family, family_of, part_of
 from interlace.model.forward import FrozenTower, PackedModel
 from interlace.model.layouts import spellings
@@ -122,7 +122,7 @@ def tune(
             learned = (adapter_dtype if ".lora_" in name else None) or trained_dtype
             parameter.data = parameter.data.to((learned if parameter.requires_grad else frozen_dtype) or parameter.dtype)
     if peft is not None and lora_path is not None:  # once more, in float32: loading into a 16-bit model has rounded the whole parts
-        set_peft_model_state_dict(peft, load_file(Path(lora_path) / "adapter_model.safetensors"))
+        set_peft_model_state_dict(peft, load_peft_weights(lora_path, device="cpu"))
     return TunedModel(PackedModel(model), tower, peft)
 
 
@@ -211,9 +211,9 @@ def _new_adapter(model: PreTrainedModel, lora: Lora | None, whole: list[str]) ->
 
 def _continue_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     try:
-        peft = PeftModel.from_pretrained(model, path, is_trainable=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"lora_path: {path} does not fit this model: {error}") from error
+        peft = load_adapter(model, path, is_trainable=True)
+    except InputError as error:
+        raise InputError(f"lora_path: {error}") from error
     peft.peft_config["default"].base_model_name_or_path = model.name_or_path
     return peft
 
@@ -222,7 +222,7 @@ def _check_adapter(path: str, whole: list[str], family: Family) -> None:
     """An adapter can only go on training the parts that it holds."""
     if not (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"lora_path: {path}: no adapter_config.json in this folder")
-    held = set(PeftConfig.from_pretrained(path).modules_to_save or [])
+    held = set(read_adapter_config(path).modules_to_save or [])  # type: ignore[attr-defined]
     missing = [name for name in whole if name not in held]
     if missing:
         raise InputError(f"lora_path: {path} holds no {', '.join(missing)}; set tunable_parts to what it trained ({', '.join(held) or 'language_model'})")

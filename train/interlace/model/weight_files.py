@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from interlace.errors import InputError
+from interlace.files import set_default_mode
 
 SHARD_BYTES = 1 << 30  # of the files we write; what is held in memory at a time
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
@@ -254,6 +255,7 @@ def write_sharded(tensors: Mapping[str, StoredTensor], folder: Path, progress: C
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, 1 + len(shards))]
     for name, shard in progress(list(zip(names, shards, strict=True))):
         save_file({key: tensors[key].load().contiguous() for key in shard}, folder / name, {"format": "pt"})
+        set_default_mode(folder / name)
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": dict(sorted(places.items()))}

@@ -208,6 +208,12 @@ class DurableTrainer(RestoredTrainer):
             if problem is not None:
                 raise RunError(f"{best}, the best checkpoint, is damaged: {problem}; resume with load_best_model_at_end: false for the last step's weights")
 
+    @property
+    def result_history(self) -> list[dict[str, float]]:
+        """The log up to the step whose weights are the run's result."""
+        last = self.state.global_step if self._result is None else self.state.best_global_step
+        return [entry for entry in self.state.log_history if entry["step"] <= (last or 0)]
+
     # --- numbers and ends ---
 
     def names_of(self, row_numbers: Sequence[int]) -> Sequence[str]:

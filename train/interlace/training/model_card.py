@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from interlace.arguments import SCHEMA_PATH
-from interlace.model.loading import ADAPTER_CONFIG
+from interlace.model.adapters import read_adapter_config
+from interlace.model.families import family_of
+from interlace.model.loading import ADAPTER_CONFIG, original_of
+from interlace.model.processing import Processing
 from interlace.model.saving import LICENCE_FILES
 
 # Arguments that say where something lies or how it is shown: of no interest to those who use the model
@@ -16,6 +19,7 @@ _FIGURES = {
     "token_accuracy": "training token accuracy, last",
     "eval_loss": "evaluation loss",
     "eval_token_accuracy": "evaluation token accuracy",
+    "eval_score": "evaluation score of answers",
     "eval_rewards/accuracies": "evaluation reward accuracy",
     "eval_rewards/margins": "evaluation reward margin",
     "eval_rewards/margins_blank": "evaluation reward margin with blank images",
@@ -52,11 +56,15 @@ tags: [interlace, {kind}, multi-image]
 
 ## Use
 
-```
+{needs}```python
 {use}
 ```
 
-The chat template in this folder is the one the model was trained with.
+The chat template in this folder is the one the model was trained with. It asks so, each image at its place in the text:
+
+```
+{prompt}
+```
 
 ## Licence
 
@@ -64,8 +72,12 @@ This model is made from `{base}`: what its licence allows and forbids holds here
 """
 
 
-def write_model_card(output_dir: Path, log_history: Sequence[Mapping[str, float]], steps: int) -> None:
-    """Writes the card beside a finished model, from what the run has written there. Folders are named by their last part: a card is made to be shown."""
+def write_model_card(output_dir: Path, log_history: Sequence[Mapping[str, float]], steps: int, processing: Processing, path: str) -> None:
+    """Writes the card beside a finished model, from what the run has written there. Folders are named by their last part: a card is made to be shown.
+
+    Args:
+        log_history: up to the step whose weights are the model's. steps: made in all. path: of the base model.
+    """
     records = (json.loads((output_dir / f"{name}.json").read_text(encoding="utf-8")) for name in ("arguments", "ledger", "environment"))
     arguments, ledger, environment = records
     is_adapter, base = (output_dir / ADAPTER_CONFIG).is_file(), _shown(arguments["model_name_or_path"])
@@ -83,29 +95,72 @@ def write_model_card(output_dir: Path, log_history: Sequence[Mapping[str, float]
         machine=", ".join(environment["machine"]["gpus"]) or "a CPU",
         versions=", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft")),
         arguments="\n".join(f"| `{name}` | `{json.dumps(value)}` |" for name, value in _chosen(arguments).items()),
-        figures="\n".join(f"| {label} | {last[name]:.4f} |" for name, label in _FIGURES.items() if name in last),
-        use="\n".join(_use_of_adapter(base) if is_adapter else _USE),
+        figures="\n".join(f"| {label} | {last[name]:.4f} |" for name, label in _figures(last).items()),
+        needs=_needs_of_adapter(output_dir, family_of(processing.config).vision_tower, environment["packages"]) if is_adapter else "",
+        use="\n".join([*(_loads_adapter(base, original_of(path) is not None) if is_adapter else _LOADS), *_ASKS]),
+        prompt=_asked(processing),
         licences=f" ({', '.join(licences)})" if licences else "; look it up there",
     )
     (output_dir / "README.md").write_text(text, encoding="utf-8")
 
 
-_USE = [
-    "from transformers import AutoModelForImageTextToText, AutoProcessor",
-    "",
-    'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")',
+_IMPORTS = ["from PIL import Image", "from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+_LOADS = [
+    *_IMPORTS,
+    'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")  # torch_dtype before transformers 4.56',
     'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
+]
+_QUESTION: Any = [{"type": "image"}, {"type": "text", "text": "\nWhat is in the image?"}]
+_ASKS = [
+    "",
+    f"content = {json.dumps(_QUESTION)}",
+    'text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)',
+    'inputs = processor(text=text, images=[Image.open("picture.png")], return_tensors="pt").to(model.dtype)',
+    'answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]',
+    "print(processor.tokenizer.decode(answer, skip_special_tokens=True))",
 ]
 
 
-def _use_of_adapter(base: str) -> list[str]:
+def _loads_adapter(base: str, is_original: bool) -> list[str]:
+    if is_original:
+        return [
+            f"# {base} is in its authors' layout, which transformers does not read. Merged with Interlace, adapter and base are one model that it does read:",
+            "#   python train/merge_adapter.py --adapter-path THIS_FOLDER --output-dir MERGED",
+            *(line.replace("THIS_FOLDER", "MERGED") for line in _LOADS),
+        ]
     return [
         "from peft import PeftModel",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        f'model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto"), "THIS_FOLDER")',
+        *_IMPORTS,
+        f'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")  # torch_dtype before transformers 4.56',
+        'model = PeftModel.from_pretrained(model, "THIS_FOLDER")',
         'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
     ]
+
+
+def _needs_of_adapter(folder: Path, vision_tower: str, packages: Mapping[str, str]) -> str:
+    """Which versions find the layers that the adapter is for: LLaVA's were renamed in 4.52, vision towers in 5."""
+    adapter: Any = read_adapter_config(str(folder))
+    has_tower = vision_tower in (adapter.modules_to_save or ()) or vision_tower in str(adapter.target_modules)
+    made = f"made with {packages['peft']} and {packages['transformers']}"
+    return (
+        f"The adapter needs PEFT and transformers {'5' if has_tower else '4.52'} or newer ({made}): in older versions the layers that it is for have other "
+        "names. What `merge_adapter.py` makes of adapter and base needs no PEFT.\n\n"
+    )
+
+
+def _asked(processing: Processing) -> str:
+    """The prompt of `_QUESTION`."""
+    template = processing.template.jinja()
+    text: Any = processing.tokenizer.apply_chat_template(
+        [{"role": "user", "content": _QUESTION}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    return str(text).rstrip("\n")
+
+
+def _figures(last: Mapping[str, float]) -> dict[str, str]:
+    """Name in the log -> label, of what was measured."""
+    scores = {name: f"evaluation score of answers, {name.removeprefix('eval_score/')}" for name in last if name.startswith("eval_score/")}
+    return {name: label for name, label in (_FIGURES | scores).items() if name in last}
 
 
 def _shown(place: str) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from interlace.arguments import list_value
 from interlace.data.reading import Kind
 from interlace.errors import InputError
+from interlace.model.adapters import read_adapter_config
 from interlace.model.tuning import Lora, TunedModel, tune
 
 
@@ -70,6 +71,8 @@ def _adapter(arguments: Mapping[str, Any]) -> Lora | None:
         return new_adapter(arguments)
     if not (Path(arguments["lora_path"]) / "adapter_config.json").is_file():
         raise InputError(f"lora_path: {arguments['lora_path']}: no adapter_config.json in this folder")
-    saved: Any = PeftConfig.from_pretrained(arguments["lora_path"])
-    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+    saved: Any = read_adapter_config(arguments["lora_path"])
+    if not isinstance(saved, LoraConfig):
+        raise InputError(f"lora_path: {arguments['lora_path']} is an adapter of kind {saved.peft_type.value}; expected LoRA")
+    targets = [saved.target_modules] if isinstance(saved.target_modules, str) else sorted(saved.target_modules or ())
     return Lora(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_dora, saved.use_rslora)

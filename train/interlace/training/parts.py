@@ -74,11 +74,14 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
 
 
 def processing_of(path: str, arguments: Arguments) -> Processing:
-    """Tokenizer, image processor and template of the model, as the arguments want them."""
+    """Tokenizer, image processor and template of the model, as the arguments want them; says what is to be known about their files."""
     names = ["system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio", "min_pixels", "max_pixels"]
     names += ["prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"]
     form = form_of([*arguments["dataset"]["train"], *(arguments["dataset"].get("eval") or [])], arguments["prompt_style"])
-    return load_processing(path, form=form, **{name: arguments[name] for name in names})
+    processing = load_processing(path, form=form, **{name: arguments[name] for name in names})
+    for note in processing.notes:
+        say(note)
+    return processing
 
 
 def row_reader(arguments: Arguments, processing: Processing, kind: Kind = "supervised") -> RowReader:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from interlace.data.store import Store
 from interlace.errors import InputError
-from interlace.files import write_whole
+from interlace.files import set_default_mode, write_whole
 from interlace.ranks import Ranks
 
 _SECONDS_PER_PART = 60
@@ -154,7 +154,7 @@ class StoredLogProbs:
             np.savez(file, rows=np.array(list(rows)), values=np.concatenate(list(rows.values())).astype(np.float32))
             file.flush()
             os.fsync(file.fileno())
-        Path(scratch).chmod(0o644)
+        set_default_mode(Path(scratch))
         Path(scratch).replace(self.folder / f"part-{Path(scratch).name.removeprefix('.writing-')}.npz")
 
 
@@ -181,6 +181,7 @@ def media_hash(stores: Sequence[Store], known_file: Path) -> str:
         descriptor, scratch = tempfile.mkstemp(prefix=".media-", dir=known_file.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(known | found, file)
+        set_default_mode(Path(scratch))
         shutil.move(scratch, known_file)
     return content.hexdigest()
 

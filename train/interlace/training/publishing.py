@@ -14,7 +14,7 @@ from interlace.model.saving import LICENCE_FILES
 PUBLISHED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "base_model.json", f"{KEPT}/*"),
     *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "prompt.json"),
-    *("preprocessor_config.json", "processor_config.json", "README.md", "training_curves.png", *LICENCE_FILES),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "README.md", "training_curves.png", *LICENCE_FILES),
 )
 
 

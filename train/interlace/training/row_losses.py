@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from interlace.files import set_default_mode
+
 _FILES = "row_losses-?????-of-?????.safetensors"
 _MOST_WAITING = 4096  # micro-batches between two looks at the device: a run that never logs keeps no more there
 Parts = dict[int, tuple[np.ndarray, np.ndarray]]  # epoch -> rows (M,), and their sums of loss and of weight (2, M)
@@ -90,6 +92,7 @@ class RowLosses:
         tensors = {f"{epoch} rows": torch.from_numpy(numbers) for epoch, (numbers, _) in parts.items()}
         tensors |= {f"{epoch} sums": torch.from_numpy(np.ascontiguousarray(sums)) for epoch, (_, sums) in parts.items()}
         save_file(tensors, path, {"rows": self.fingerprint, "epochs": " ".join(map(str, parts)), "whole": str(self.is_whole)})
+        set_default_mode(path)
 
     def take_up(self, folder: Path) -> bool:
         """Adds what the files of all ranks in a checkpoint hold; False if there are none, or they are of other rows, which are left alone."""

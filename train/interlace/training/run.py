@@ -197,7 +197,7 @@ def save_result(trainer: PackedTrainer, path: str, output_dir: Path, metrics: di
             copy_beside(path, output_dir)
             trainer.save_metrics("train", metrics)
             draw_curves(trainer.state.log_history, output_dir / "training_curves.png")
-            write_model_card(output_dir, trainer.state.log_history, trainer.state.global_step)
+            write_model_card(output_dir, trainer.result_history, trainer.state.global_step, trainer.processing, path)
             write_whole(output_dir / STATE_FILE, json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n")
             report(trainer, output_dir, metrics)
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from interlace.errors import InputError
+from interlace.files import set_default_mode
 from interlace.training.fragments import Fragment
 
 SCHEDULER_FILE = "scheduler.json"
@@ -38,6 +39,7 @@ def write_fragments(path: Path, fragments: Iterable[Fragment], scalars: Mapping[
         name = f"{fragment.name}{_SPACE}{fragment.key}"
         tensors[name], places[name] = fragment.values.contiguous(), [fragment.start, list(fragment.shape)]
     save_file(tensors, path, {"places": json.dumps(places), "scalars": json.dumps(scalars)})
+    set_default_mode(path)
 
 
 class OptimizerFiles:

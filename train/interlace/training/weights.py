@@ -9,10 +9,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from interlace.errors import InputError
+from interlace.files import set_default_mode
+from interlace.model.adapters import ADAPTER_FILE
 from interlace.model.families import family_of
 from interlace.model.layouts import hub_name
 from interlace.model.loading import BASE_FILE, Processing
-from interlace.model.pissa import ADAPTER_FILE, beside_first, double_rank, separated
+from interlace.model.pissa import beside_first, double_rank, separated
 from interlace.model.saving import save_model, save_processing
 from interlace.model.tuning import TunedModel
 
@@ -63,6 +65,7 @@ def save_weights(tuned: TunedModel, weights: Weights, processing: Processing, fo
     if tuned.peft is not None:
         state = {f"base_model.model.{name}": tensor for name, tensor in beside_first(weights, tuned.first).items()}
         tuned.peft.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        set_default_mode(folder / ADAPTER_FILE)
         if tuned.first:
             double_rank(folder)
         about = {"base_model_name_or_path": tuned.base.name_or_path, "weights_fingerprint": tuned.base_fingerprint}
