@@ -233,8 +233,8 @@ def test_plan_run_and_training_warn_of_many_rows_that_are_too_long(
     finetune(make_arguments(rows, max_length=60, max_steps=1))
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert "rows are too long for max_length 60" in warning
-    done = run("plan_run.py", config_file(tmp_path / "data", max_length=60), "--probe", "0")
-    assert any(line.startswith("WARNING: ") and "rows are too long for max_length 60" in line for line in done.stdout.splitlines())
+    done = run("plan_run.py", config_file(tmp_path / "data", max_length=45), "--probe", "0")
+    assert any(line.startswith("WARNING: ") and "rows are too long for max_length 45" in line for line in done.stdout.splitlines())
 
 
 def test_plan_run_lists_bad_rows_and_says_that_training_would_refuse(tmp_path: Path) -> None:
