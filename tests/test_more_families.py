@@ -226,7 +226,7 @@ def test_parts_are_told_apart_and_adapters_stay_on_the_language_model(folder: Pa
 # --- saving ---
 
 
-HUB = {"qwen2_vl": {"visual", "model"}, "qwen2_5_vl": {"visual", "model"}, "qwen3_vl": {"model"}, "smolvlm": {"model"}}
+HUB = {"qwen2_vl": {"visual", "model"}, "qwen2_5_vl": {"visual", "model"}, "qwen3_vl": {"model"}, "smolvlm": {"model"}, "idefics3": {"model"}}
 HUB["internvl"] = HUB["gemma3"] = {"vision_tower", "multi_modal_projector", "language_model"}
 
 

@@ -215,6 +215,7 @@ _SMOLVLM: dict[str, Any] = {
     "prompt_style": "smolvlm",
     "system_prompt": "",
 }
+_IDEFICS3 = _SMOLVLM | {"processor": "Idefics3Processor"}  # SmolVLM-256M, -500M and -Instruct; SmolVLM2 is of the newer type
 _GEMMA3: dict[str, Any] = {
     "vision_tower": "vision_tower",
     "projector": ("multi_modal_projector",),
@@ -246,6 +247,7 @@ FAMILIES = {
     "qwen3_vl": Family(**_QWEN3_VL),
     "internvl": Family(**_INTERNVL),
     "smolvlm": Family(**_SMOLVLM),
+    "idefics3": Family(**_IDEFICS3),
     "gemma3": Family(**_GEMMA3),
 }
 
