@@ -115,7 +115,8 @@ def smolvlm() -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]:
     text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
     image_token, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endoftext|>"))
     config = SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=image_token, scale_factor=2, pad_token_id=pad)
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 512}, max_image_size={"longest_edge": 128})
+    sampling = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 128}}  # stands in the published files; transformers 4 asks for it
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 512}, max_image_size={"longest_edge": 128}, video_sampling=sampling)
     return SmolVLMForConditionalGeneration(config), images, tokenizer
 
 
@@ -168,7 +169,11 @@ PROCESSORS: dict[str, Any] = {
     "idefics3": Idefics3Processor,
     "gemma3": Gemma3Processor,
 }
-OPTIONS: dict[str, Any] = {"internvl": {"crop_to_patches": True}, "smolvlm": {"return_row_col_info": True}, "idefics3": {"return_row_col_info": True}}  # as their processors ask for images
+OPTIONS: dict[str, Any] = {
+    "internvl": {"crop_to_patches": True},
+    "smolvlm": {"return_row_col_info": True},
+    "idefics3": {"return_row_col_info": True},
+}  # as their processors ask for images
 
 
 def make_model(family: str, folder: Path) -> Path:
@@ -227,7 +232,7 @@ def library_processor(folder: Path) -> Any:
     if kind is InternVLProcessor:
         processor.start_image_token, processor.end_image_token = processing.tokenizer.start_image_token, processing.tokenizer.end_image_token
     if kind is SmolVLMProcessor:
-        processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
+        processor.fake_image_token, processor.global_image_token, processor.image_token = "<fake_token_around_image>", "<global-img>", "<image>"
     if kind is Idefics3Processor:
         processor = Idefics3Processor(processing.image_processor, processing.tokenizer, settings["image_seq_len"])
     if kind is Gemma3Processor:

@@ -1,6 +1,7 @@
 """Answers from a model: batched, left-padded, images at their places; what all questions of a batch begin with is computed once."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,6 +196,8 @@ def load_generator(path: str, dtype: str | None = None, load_in_4bit: bool = Fal
     device = default_device()
     chosen = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     processing = load_processing(resolve_model_path(path))
+    if processing.prompt_note:
+        print(processing.prompt_note, file=sys.stderr)
     is_quantized = load_in_4bit or load_in_8bit
     if fsdp and not torch.distributed.is_initialized():
         raise InputError("--fsdp shares the weights between processes: torchrun --nproc-per-node 8 train/evaluate_model.py ...")

@@ -64,7 +64,8 @@ class Family:
     tower: what its cost depends on.
     processor: class name of its processor in transformers; processor_settings: config -> what that class wants to be told besides, None for what it
     cannot be told.
-    layout: how the hub spells the weights.
+    layout: how the hub spells the weights. has_flat_config: whether the hub's config.json has the language model's settings beside the others, without a
+    section of their own, which is how transformers 4 reads it.
     prompt_style, system_prompt: those its models were trained with; None for what goes with the tokenizer, and with the style.
     tiling: None where an image's tokens are those of its tiles, in order.
     sees_whole_images: whether the tokens of an image attend to each other in both directions. An image's own tokens never stand next to another image's.
@@ -92,6 +93,7 @@ class Family:
     system_prompt: str | None = None
     tiling: Tiling | None = None
     sees_whole_images: bool = False
+    has_flat_config: bool = False
 
     @property
     def projector_in_tower(self) -> list[str]:
@@ -155,6 +157,7 @@ _QWEN2_VL: dict[str, Any] = {
     "processor": "Qwen2VLProcessor",
     "processor_settings": qwen_vl.no_settings,
     "layout": QWEN_VL_LAYOUT,
+    "has_flat_config": True,
 }
 _QWEN2_5_VL = _QWEN2_VL | {
     "features": qwen_vl.qwen2_5_features,
@@ -170,6 +173,7 @@ _QWEN3_VL = _QWEN2_5_VL | {
     "tower": Tower(qwen_vl.group_patches, qwen_vl.group_patches, qwen_vl.qwen2_5_tower_width, qwen_vl.attends_to_image, True),
     "processor": "Qwen3VLProcessor",
     "layout": (),  # as in memory
+    "has_flat_config": False,
     "system_prompt": "",
 }
 _INTERNVL: dict[str, Any] = {
@@ -191,6 +195,7 @@ _INTERNVL: dict[str, Any] = {
     "processor": "InternVLProcessor",
     "processor_settings": internvl.internvl_processor,
     "layout": INTERNVL_LAYOUT,
+    "prompt_style": "internvl",
     "system_prompt": "",
 }
 _SMOLVLM: dict[str, Any] = {

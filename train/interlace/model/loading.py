@@ -21,17 +21,17 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from interlace.data import demo
-from interlace.data.styles import known_id
+from interlace.data.styles import StyleName
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.families import FAMILIES, Family, family_of
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name
 from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing
+from interlace.model.prompts import difference, published_template, style_of
 from interlace.model.weight_files import StoredTensor, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
@@ -154,7 +154,8 @@ def load_processing(
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
     family = family_of(config)
-    prompt = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, tokenizer, family)
+    published = published_template(path, tokenizer)
+    prompt, is_guessed = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, family, style_of(tokenizer, config, published))
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
         images = family.images(config, image_processor, tokenizer)
@@ -164,18 +165,19 @@ def load_processing(
         _check_style(template, family, config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    return Processing(tokenizer, image_processor, template, config)
+    return Processing(tokenizer, image_processor, template, config, difference(template, published) if is_guessed else "")
 
 
-def _prompt_settings(folder: Path, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
-    """What was chosen, else what the model in this folder was trained with, else what its tokenizer and family were made for."""
+def _prompt_settings(folder: Path, chosen: dict[str, Any], family: Family, style: StyleName) -> tuple[dict[str, Any], bool]:
+    """What was chosen, else what the model in this folder was trained with, else what its family or tokenizer was made for; and whether nobody said how turns
+    are written."""
     chosen = {name: value for name, value in chosen.items() if value is not None}
     kept = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8")) if (folder / PROMPT_FILE).is_file() else {}
     if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
         kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
-    style = family.prompt_style or ("vicuna_v1" if known_id(tokenizer, "<|im_start|>") is None else "chatml")
     own = {} if family.system_prompt is None or "form" in chosen else {"system_prompt": family.system_prompt}
-    return {"prompt_style": style, **own, **kept, **chosen}
+    is_guessed = not {"prompt_style", "form"} & {*kept, *chosen}
+    return {"prompt_style": family.prompt_style or style, **own, **kept, **chosen}, is_guessed
 
 
 def _check_style(template: ChatTemplate, family: Family, config: PretrainedConfig) -> None:

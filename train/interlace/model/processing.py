@@ -18,12 +18,13 @@ from interlace.model.images import Images
 
 @dataclass(frozen=True)
 class Processing:
-    """What turns text and images into model inputs."""
+    """What turns text and images into model inputs; prompt_note: see `difference`, "" where the form of prompts was chosen or kept with the model."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
     template: ChatTemplate
     config: PretrainedConfig
+    prompt_note: str = ""
 
     @cached_property
     def images(self) -> Images:

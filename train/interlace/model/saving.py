@@ -44,6 +44,7 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["legacy"] = True  # transformers 5 leaves it out, and reads the folder as another tokenizer
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", tokenizer.model_input_names)  # else transformers 4 gives the model token types as well
     settings["processor_class"] = processor["processor_class"]
     _write_json(folder / "tokenizer_config.json", settings)
 
@@ -78,6 +79,8 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
         text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
     if "tie_word_embeddings" in settings:
         text.setdefault("tie_word_embeddings", settings["tie_word_embeddings"])
+    if family_of(config).has_flat_config:
+        settings = {**{name: value for name, value in settings.pop("text_config").items() if name != "model_type"}, **settings}
     settings.setdefault("architectures", [architecture])
     _write_json(folder / "config.json", settings)
 

@@ -1,4 +1,4 @@
-"""SmolVLM and Idefics 3, its elder: an image is enlarged to whole tiles, each with its row and column written before it, and comes once more in one last tile."""
+"""SmolVLM, and Idefics 3 before it: an image is enlarged to whole tiles, each behind its row and column, and comes once more in one last tile."""
 
 import math
 from collections.abc import Sequence
@@ -144,5 +144,5 @@ def smolvlm_width(config: PretrainedConfig) -> int:
 
 
 def smolvlm_processor(config: PretrainedConfig) -> dict[str, Any]:
-    """Settings of `SmolVLMProcessor` and `Idefics3Processor`."""
-    return {"image_seq_len": tile_tokens(config)}
+    """Settings of `SmolVLMProcessor` and `Idefics3Processor`, which know their image token themselves: transformers 4 stops at it."""
+    return {"image_seq_len": tile_tokens(config), "image_token": None}

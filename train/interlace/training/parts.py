@@ -80,7 +80,10 @@ def processing_of(path: str, arguments: Arguments) -> Processing:
     names = ["system_prompt", "label_policy", "trust_remote_code", "image_aspect_ratio", "min_pixels", "max_pixels"]
     names += ["prompt_style", "image_placement", "image_placement_ratio", "newline_after_image"]
     form = form_of([*arguments["dataset"]["train"], *(arguments["dataset"].get("eval") or [])], arguments["prompt_style"])
-    return load_processing(path, form=form, **{name: arguments[name] for name in names})
+    processing = load_processing(path, form=form, **{name: arguments[name] for name in names})
+    if processing.prompt_note:
+        say(processing.prompt_note)
+    return processing
 
 
 def row_reader(arguments: Arguments, processing: Processing, kind: Kind = "supervised") -> RowReader:
