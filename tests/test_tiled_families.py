@@ -131,7 +131,9 @@ def test_an_internvl_of_another_layer_is_refused(tmp_path: Path) -> None:
 
 
 def test_paligemma_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*both directions.*supported: gemma3, idefics3, internvl"):
+    with pytest.raises(
+        InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*both directions.*supported: gemma3, idefics3, internvl"
+    ):
         family_of(PaliGemmaConfig())
 
 

@@ -21,7 +21,7 @@ def published_template(path: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     Args:
         path: a folder or a hub id.
     """
-    file = cached_file(path, _PROCESSOR_TEMPLATE, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False)
+    file = cached_file(path, _PROCESSOR_TEMPLATE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     found = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template") if file else None
     return found or tokenizer.chat_template
 
