@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from transformers import (
 from interlace.data.formats import from_llava
 from interlace.data.sample import BadRow, Image, Sample, Text, Turn
 from interlace.data.template import ChatTemplate
+from interlace.errors import InputError
 from interlace.model.loading import PROMPT_FILE, load_processing
 from interlace.model.processing import Processing
 from interlace.model.prompts import difference, style_of
 from interlace.model.saving import save_model, save_processing
+from interlace.training.parts import processing_of
 from tests import small_families
 from tests.small_families import tokenizer_with
 from tests.test_families import NEXT_GRID
@@ -213,7 +216,9 @@ def test_what_a_published_template_writes_in_another_way_is_said(mistral: PreTra
     assert "You are" in difference(ChatTemplate(mistral, image, prompt_style="mistral", system_prompt="You are."), INSTRUCT)
 
 
-def test_a_llava_1_6_on_mistral_is_asked_in_its_own_form_and_another_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_llava_1_6_on_mistral_is_asked_in_its_own_form_and_another_is_said(
+    tmp_path: Path, make_arguments: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write_llama_tokenizer(tmp_path, is_legacy=True))
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     widths = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -237,3 +242,10 @@ def test_a_llava_1_6_on_mistral_is_asked_in_its_own_form_and_another_is_said(tmp
     guessed, chosen = load_processing(str(folder)), load_processing(str(folder), prompt_style="mistral")
     assert (guessed.template.style.name, chosen.template.style.name, chosen.prompt_note) == ("vicuna_v1", "mistral", "")
     assert "A chat between" in guessed.prompt_note and "USER: <image>" in guessed.prompt_note
+    processing_of(str(folder), make_arguments(tmp_path / "rows.json", prompt_style="mistral"))
+    assert capsys.readouterr().out == ""
+    processing_of(str(folder), make_arguments(tmp_path / "rows.json"))
+    assert capsys.readouterr().out == f"{guessed.prompt_note}\n"
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_processing(str(folder))

@@ -151,10 +151,10 @@ def load_processing(
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             image_processor = AutoImageProcessor.from_pretrained(path, backend=IMAGE_BACKEND, trust_remote_code=trust_remote_code)
+        published = published_template(path, tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
     family = family_of(config)
-    published = published_template(path, tokenizer)
     prompt, is_guessed = _prompt_settings(Path(path), prompt | {"system_prompt": system_prompt}, family, style_of(tokenizer, config, published))
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
