@@ -189,7 +189,7 @@ def _check_style(template: ChatTemplate, family: Family, config: PretrainedConfi
     style = template.style.name
     if "gemma" in (style, family.prompt_style) and style != family.prompt_style:
         reason = "it writes line breaks around an image, as Gemma's own processor does and no other; what is saved would be asked in another form"
-        wanted = f"expected {family.prompt_style}" if family.prompt_style else "leave prompt_style out"
+        wanted = "expected gemma" if family.prompt_style == "gemma" else "leave prompt_style out"
         raise InputError(f"prompt_style {style} does not go with model_type {config.model_type!r}: of prompt_style gemma alone, {reason}; {wanted}")
 
 

@@ -46,7 +46,7 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings.setdefault("model_input_names", tokenizer.model_input_names)  # else transformers 4 gives the model token types as well
     settings["processor_class"] = processor["processor_class"]
-    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "tokenizer_config.json", dict(sorted(settings.items())))
 
 
 def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
