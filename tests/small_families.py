@@ -16,6 +16,10 @@ from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     GotOcr2ImageProcessorPil,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -111,8 +115,20 @@ def smolvlm() -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]:
     text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
     image_token, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endoftext|>"))
     config = SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=image_token, scale_factor=2, pad_token_id=pad)
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 512}, max_image_size={"longest_edge": 128})
+    sampling = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 128}}  # stands in the published files; transformers 4 asks for it
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 512}, max_image_size={"longest_edge": 128}, video_sampling=sampling)
     return SmolVLMForConditionalGeneration(config), images, tokenizer
+
+
+def idefics3() -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase]:
+    """As SmolVLM-Instruct: its tokenizer has no tokens for a tile's place, which are plain text to it."""
+    tokenizer, _ = tokenizer_with("<fake_token_around_image>", "<end_of_utterance>")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 126, "patch_size": 14}
+    text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
+    image_token, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endoftext|>"))
+    config = Idefics3Config(vision_config=vision, text_config=text, image_token_id=image_token, scale_factor=3, pad_token_id=pad)
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 504}, max_image_size={"longest_edge": 126})
+    return Idefics3ForConditionalGeneration(config), images, tokenizer
 
 
 GEMMA_NAMES = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
@@ -141,6 +157,7 @@ SMALL: dict[str, Callable[[], tuple[PreTrainedModel, Any, PreTrainedTokenizerBas
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
     "smolvlm": smolvlm,
+    "idefics3": idefics3,
     "gemma3": gemma3,
 }
 PROCESSORS: dict[str, Any] = {
@@ -149,9 +166,14 @@ PROCESSORS: dict[str, Any] = {
     "qwen3_vl": Qwen3VLProcessor,
     "internvl": InternVLProcessor,
     "smolvlm": SmolVLMProcessor,
+    "idefics3": Idefics3Processor,
     "gemma3": Gemma3Processor,
 }
-OPTIONS: dict[str, Any] = {"internvl": {"crop_to_patches": True}, "smolvlm": {"return_row_col_info": True}}  # as their processors ask for images
+OPTIONS: dict[str, Any] = {
+    "internvl": {"crop_to_patches": True},
+    "smolvlm": {"return_row_col_info": True},
+    "idefics3": {"return_row_col_info": True},
+}  # as their processors ask for images
 
 
 def make_model(family: str, folder: Path) -> Path:
@@ -210,7 +232,9 @@ def library_processor(folder: Path) -> Any:
     if kind is InternVLProcessor:
         processor.start_image_token, processor.end_image_token = processing.tokenizer.start_image_token, processing.tokenizer.end_image_token
     if kind is SmolVLMProcessor:
-        processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
+        processor.fake_image_token, processor.global_image_token, processor.image_token = "<fake_token_around_image>", "<global-img>", "<image>"
+    if kind is Idefics3Processor:
+        processor = Idefics3Processor(processing.image_processor, processing.tokenizer, settings["image_seq_len"])
     if kind is Gemma3Processor:
         processor = Gemma3Processor(processing.image_processor, processing.tokenizer, image_seq_length=settings["image_seq_length"])
     return processor

@@ -53,6 +53,23 @@ def test_every_shipped_config_parses(path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_command_line("test")[0]["output_dir"]
 
 
+def test_every_shipped_config_writes_into_a_folder_of_its_own() -> None:
+    folders = [json.loads(path.read_text())["output_dir"] for path in (ROOT / "configs").rglob("*_argument.json")]
+    assert len(folders) > 30 and len(set(folders)) == len(folders)
+
+
+def test_a_row_with_any_image_of_llava_1_6_fits_into_its_configs() -> None:
+    """The most that an image comes to: the whole image and four tiles of 24 x 24, a newline behind each of their rows."""
+    paths = sorted((ROOT / "configs" / "llava_v1_6").glob("*.json"))
+    lengths = {json.loads(path.read_text())["max_length"] for path in paths}
+    assert len(paths) == 8 and lengths == {4096} and min(lengths) > 24 * 24 + 48 * (48 + 1) + 1000
+
+
+def test_pre_training_never_begins_with_a_projector_that_has_learned() -> None:
+    for path in (ROOT / "configs").glob("llava_*/*_pretrain_argument.json"):
+        assert json.loads(path.read_text())["model_name_or_path"].endswith("-with-tower"), path.name
+
+
 def test_every_hugging_face_key_has_help_and_the_tables_name_real_keys() -> None:
     keys = SCHEMA["properties"]
     assert set(HUGGING_FACE_KEYS) <= set(keys)

@@ -344,6 +344,21 @@ def mixed(folder: Path, count: int) -> list[dict[str, Any]]:
     return [{"data_files": str(folder / "lines.jsonl")}, {"data_files": str(folder / "rows.json"), "sampling_strategy": "random:12"}]
 
 
+@pytest.mark.parametrize("too_long", ["drop_turns", "drop_row"])
+def test_many_rows_that_are_too_long_are_loudly_said(tmp_path: Path, read: Read, too_long: str) -> None:
+    turns = [{"from": "human", "value": "a " * 9}, {"from": "gpt", "value": "b " * 9}] * 2
+    short = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for count, is_said in ((2, True), (1, False)):  # of ten rows: a tenth may be
+        (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}] * count + [{"conversations": short}] * (10 - count)))
+        whole, _ = read({"data_files": str(tmp_path / "rows.json")})
+        most = int(whole.lengths.max()) - 1
+        _, ledger = read({"data_files": str(tmp_path / "rows.json")}, max_length=most, too_long=too_long)
+        warning = ledger.too_long_warning(most)
+        assert bool(warning) is is_said
+        if is_said:
+            assert f"2 of 10 rows are too long for max_length {most}" in warning and f"set max_length to {most + 1}" in warning
+
+
 def test_rows_and_ledger_are_the_same_for_any_number_of_workers(tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = mixed(tmp_path / "data", 50)
     monkeypatch.setattr(dataset_module, "_ROWS_PER_CHUNK", 7)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
 
 from interlace.data.reading import Row
 from interlace.data.sample import BadRow, Image, Text, Turn
@@ -226,7 +226,7 @@ def test_parts_are_told_apart_and_adapters_stay_on_the_language_model(folder: Pa
 # --- saving ---
 
 
-HUB = {"qwen2_vl": {"visual", "model"}, "qwen2_5_vl": {"visual", "model"}, "qwen3_vl": {"model"}, "smolvlm": {"model"}}
+HUB = {"qwen2_vl": {"visual", "model"}, "qwen2_5_vl": {"visual", "model"}, "qwen3_vl": {"model"}, "smolvlm": {"model"}, "idefics3": {"model"}}
 HUB["internvl"] = HUB["gemma3"] = {"vision_tower", "multi_modal_projector", "language_model"}
 
 
@@ -248,6 +248,19 @@ def test_a_saved_model_gives_the_same_logits_in_the_library(folder: Path, rows: 
         again = tuned_model(folder, **SETUPS[setup])
         load_weights(again, tmp_path)
         assert torch.equal(score(again, batch).log_probs, before)
+
+
+def test_config_json_is_flat_where_the_hub_s_is_and_read_as_what_was_saved(folder: Path, tmp_path: Path) -> None:
+    config, settings = AutoConfig.from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    assert ("text_config" not in settings) is (config.model_type in ("qwen2_vl", "qwen2_5_vl"))
+    if "text_config" not in settings:
+        assert settings["hidden_size"] == 64 and settings["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
+        assert settings["model_type"] == config.model_type and settings["tie_word_embeddings"] is (config.model_type == "qwen2_5_vl")
+    SMALL[config.model_type]()[0].config.save_pretrained(tmp_path)  # as the library writes it itself
+    found, expected = config.to_dict(), AutoConfig.from_pretrained(tmp_path).to_dict()
+    for own, library in ((found, expected), *((found[part], expected[part]) for part in ("text_config", "vision_config"))):
+        differing = {name for name in {*own, *library} if not name.endswith("_config") and own.get(name) != library.get(name)}
+        assert differing <= {"_name_or_path", "architectures", "rope_theta", "rope_scaling", "tie_word_embeddings", "sliding_window_pattern"}, differing
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_layout(folder: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from interlace.training.plan_text import bins_of, duration, histogram, size
 from interlace.training.planning import Columns
 from interlace.training.probe import Timing, fit_speed
 from interlace.training.rehearsal import Rehearsal
+from interlace.training.supervised import finetune
 from tests.conftest import DEMO_MODEL, write_rows
 from tests.test_scripts import config_file, run
 
@@ -223,6 +224,17 @@ def test_plan_run_plans_what_training_would_do(tmp_path: Path) -> None:
     for word in ("tokens per row", "images per row", "ZeRO 3", "per step", "disk:", "fits"):
         assert word in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_run_and_training_warn_of_many_rows_that_are_too_long(
+    tmp_path: Path, make_arguments: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "data", 24)
+    finetune(make_arguments(rows, max_length=60, max_steps=1))
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert "rows are too long for max_length 60" in warning
+    done = run("plan_run.py", config_file(tmp_path / "data", max_length=45), "--probe", "0")
+    assert any(line.startswith("WARNING: ") and "rows are too long for max_length 45" in line for line in done.stdout.splitlines())
 
 
 def test_plan_run_lists_bad_rows_and_says_that_training_would_refuse(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_files_have_the_mode_that_the_umask_allows(make_arguments: Make, tmp_pat
     for name in ("adapter", "full", "merged", "hub"):
         found = modes(tmp_path / name)
         assert {"adapter": "adapter_model.safetensors"}.get(name, "model.safetensors") in found
-        assert {"LICENSE", "llava_kept.safetensors"} <= set(found)
+        assert {"LICENSE", "llava_original/weights.safetensors"} <= set(found)
         assert {file: oct(mode) for file, mode in found.items() if mode != 0o666 & ~umask} == {}
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o777 & ~umask
     assert any("checkpoint-1/optimizer-" in file for file in modes(tmp_path / "full"))

@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 from transformers import AutoModelForImageTextToText
 
 from interlace.data import demo
+from interlace.data.sample import Image, Text, Turn
+from interlace.inference.generation import load_generator
 from interlace.model.conversion import to_hub
 from interlace.model.merging import merge
-from tests import small_families
+from tests import small_families, test_families
 from tests.conftest import ROOT, write_rows
 from tests.test_adapters import inputs_of
 from tests.test_conversion import assert_same_model, make_model, original_weights, write_original
@@ -78,7 +82,7 @@ def make_environment(folder: Path, *installs: list[str], timeout_seconds: int = 
 
 @pytest.fixture(scope="module")
 def older_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_environment(tmp_path_factory.mktemp("older"), ["torch==2.13.0"], ["transformers==4.51.3", "pillow"])
+    return make_environment(tmp_path_factory.mktemp("older"), ["torch==2.13.0"], ["transformers==4.51.3", "pillow", "num2words"])
 
 
 READ = """
@@ -112,8 +116,6 @@ paddle.save(weights, sys.argv[2])
 
 
 def test_files_that_paddle_wrote(tmp_path: Path) -> None:
-    import numpy as np
-
     model = make_model("interleave")
     weights = original_weights(model, "interleave")
     python = make_environment(tmp_path / "paddle", ["paddlepaddle==3.3.1"])
@@ -194,6 +196,40 @@ def test_an_adapter_is_read_from_the_version_on_that_its_card_names(tmp_path: Pa
         torch.testing.assert_close(torch.load(tmp_path / "old"), torch.load(tmp_path / "new"), rtol=0, atol=1e-5)
     named = "needs PEFT and transformers 5 or newer" if has_tower else "needs PEFT and transformers 4.52 or newer"
     assert named in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "smolvlm", "idefics3"])
+def test_transformers_4_51_reads_every_family_it_knows_with_equal_ids_pixels_and_logits(older_python: Path, tmp_path: Path, family: str) -> None:
+    """Against the library of today, whose `AutoProcessor` would need torchvision for most of them: its image processor and its model."""
+    import torch
+
+    write_rows(tmp_path, 4)
+    (tmp_path / "base").mkdir()
+    folder = (small_families if family in small_families.SMALL else test_families).make_model(family, tmp_path / "base")
+    config = {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "run"), "dataset": {"train": [{"data_files": str(tmp_path / "rows.json")}]}}
+    config |= {"lora": True, "max_steps": 2, "use_cpu": True, "learning_rate": 0.01}
+    if family == "llava_onevision":
+        config["image_aspect_ratio"] = "anyres_max_9"  # the only number that the processor of that time knows
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("train/supervised_finetune.py", tmp_path / "config.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    picture = tmp_path / "picture.png"  # of a shape that tiles take without padding: of an odd one, that time lost a row
+    PIL.Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 128, 3), np.uint8)).save(picture)
+    command = [older_python, "-c", READ, str(tmp_path / "merged"), str(picture), str(tmp_path / "old")]
+    read = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    assert read.returncode == 0, read.stderr[-3000:]
+    old, generator = torch.load(tmp_path / "old"), load_generator(str(tmp_path / "merged"))
+    prompt = generator.prompt([Turn("user", (Image(str(picture)), Text("\nWhat digit is this?")))])
+    ids = torch.tensor([prompt.input_ids])
+    assert torch.equal(ids, old["ids"])
+    inputs = generator.processing.generation_inputs([[PIL.Image.open(picture).convert("RGB")]], ids)
+    torch.testing.assert_close(inputs["pixel_values"].flatten(), old["pixels"].flatten(), rtol=0, atol=0.05)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32").eval()
+    inputs["pixel_values"] = old["pixels"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+    torch.testing.assert_close(logits, old["logits"], rtol=1e-3, atol=1e-3)
 
 
 def test_only_a_model_trained_with_images_in_place_tells_them_apart(tmp_path: Path) -> None:

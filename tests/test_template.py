@@ -73,6 +73,23 @@ def test_llava_next_policy_equals_the_original_rule(qwen: PreTrainedTokenizerBas
     assert encoded.labels.tolist() == labels
 
 
+@pytest.mark.parametrize(
+    "texts", [("<image>\nWhat differs?", "The colour."), ("第一张<image>和第二张<image>\n\n有什么不同?", "颜色不同。\n真的。", "还有吗?", "没有了。")]
+)
+def test_an_opening_assistant_turn_is_left_out_as_the_original_code_does(qwen: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
+    """preprocess_qwen drops a first turn that is no human's, and its labels with it."""
+    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
+    images = [f"{i}.png" for i in range("".join(texts).count("<image>"))]
+    opened = from_llava({"image": images, "conversations": [{"from": "gpt", "value": "Hello, I am here."}, *turns]})
+    assert opened.note == "opening assistant turn dropped"
+    encoded = ChatTemplate(qwen, IMAGE, label_policy="llava_next").encode(opened)
+    ids, labels = llava_next_rule(qwen, llava(*texts, images=len(images)))
+    assert encoded.input_ids.tolist() == ids
+    assert encoded.labels.tolist() == labels
+    with pytest.raises(BadRow, match="empty"):
+        from_llava({"conversations": [{"from": "gpt", "value": "Hello, I am here."}]})
+
+
 def test_label_policies_and_weights_per_message(qwen: PreTrainedTokenizerBase) -> None:
     messages = [
         {"role": "user", "content": "a"},

@@ -12,6 +12,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ImageProcessorPil,
     GotOcr2ImageProcessorPil,
+    Idefics3Config,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     InternVLConfig,
     PaliGemmaConfig,
     PreTrainedTokenizerBase,
@@ -76,6 +79,25 @@ def test_ids_of_any_size_are_those_of_smolvlms_processor(tokenizer: PreTrainedTo
     assert images.ids(tokens).count(image_token) == length * (rows * columns + 1)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["SmolVLM-256M and -500M", "SmolVLM-Instruct"])
+@pytest.mark.parametrize("size", [(1, 1), (512, 512), (1100, 500), (500, 2000), (2048, 1537)], ids=str)
+def test_places_of_tiles_are_tokens_or_text_as_the_tokenizer_has_them(known: bool, size: tuple[int, int]) -> None:
+    """The older models are Idefics 3 to the library, and the oldest one's tokenizer takes `<row_1_col_1>` and `<global-img>` for plain text."""
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    tokenizer, _ = tokenizer_with("<fake_token_around_image>", "<end_of_utterance>", *(["<global-img>", *places] if known else []))
+    longest, side, patch, factor = SMOL["SmolVLM-256M"]
+    images = Idefics3ImageProcessorPil(size={"longest_edge": longest}, max_image_size={"longest_edge": side})
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = Idefics3Config(vision_config={"image_size": side, "patch_size": patch}, scale_factor=factor, image_token_id=image_token)
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=64)
+    inputs = images(images=[PIL.Image.new("RGB", size)], return_row_col_info=True, return_tensors="np")
+    expected = tokenizer(processor.replace_image_token(inputs, 0), add_special_tokens=False)["input_ids"]
+    own = SmolImages(config, images, tokenizer)
+    (tokens,) = own.row_tokens([size])
+    assert list(own.ids(tokens)) == expected
+    assert (len(tokenizer("<row_1_col_1>", add_special_tokens=False)["input_ids"]) == 1) is known
+
+
 @pytest.mark.parametrize(("width", "height"), [(300, 70), (1, 1), (512, 511), (90, 400), (130, 128), (128, 129)])
 def test_smolvlms_tiles_are_counted_as_they_are_cut(tokenizer: PreTrainedTokenizerBase, width: int, height: int) -> None:
     """Also where a tile's side does not divide the longest edge, where the processor's own count is another than its cutting."""
@@ -109,7 +131,9 @@ def test_an_internvl_of_another_layer_is_refused(tmp_path: Path) -> None:
 
 
 def test_paligemma_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*both directions.*supported: gemma3, internvl"):
+    with pytest.raises(
+        InputError, match=r"model_type 'paligemma' is not supported \(all of a prompt attends .*both directions.*supported: gemma3, idefics3, internvl"
+    ):
         family_of(PaliGemmaConfig())
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     processing = processing_of(path, arguments)
     checked, problems = preflight.check_data(arguments, path, processing)
     rows, machine = checked["training"].rows, machine_of(args.use_cpu)
-    plan_text.show(*(plan_text.describe_rows(name, part) for name, part in checked.items()))
+    plan_text.show(*(plan_text.describe_rows(name, part, arguments["max_length"]) for name, part in checked.items()))
     if not len(rows):
         raise InputError("\n  ".join(problems))
     plan_text.show(plan_text.histogram("tokens per row", rows.lengths), plan_text.histogram("images per row", rows.num_images))

@@ -41,7 +41,7 @@ def main() -> None:
     reader = row_reader(arguments, processing, wanted_kind(sources))
     rows, ledger = open_rows(sources, reader, arguments, show_progress=True)
     print("\n".join(describe_formats(rows.stores)))
-    print(ledger.summary())
+    print("\n".join(filter(None, (ledger.summary(), ledger.too_long_warning(arguments["max_length"])))))
     if len(rows):
         lengths, share = rows.lengths, rows.supervised.sum() / rows.lengths.sum()
         print(f"lengths in tokens: shortest {lengths.min()}, mean {lengths.mean():.0f}, longest {lengths.max()}; {share:.1%} of all tokens are supervised")

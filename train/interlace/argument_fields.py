@@ -111,8 +111,10 @@ class DataFields:
     allowed_url_hosts: list[str] = key([], "The only hosts to download from, private ones included; none: every host with a public address.")
     cache_dir: str | None = key(None, "Where checked rows, embedded media and downloads are kept; default: $INTERLACE_CACHE, else ~/.cache/interlace.")
     preprocessing_num_workers: int | None = key(None, "Processes that check rows before training; default: one per core, 16 at most.", minimum=0)
-    prompt_style: Literal["chatml", "vicuna_v1", "plain", "smolvlm", "gemma", None] = key(
-        None, "How turns are written; `plain` learns captions and leaves questions out (projector pre-training); default: the model's own, by its tokenizer."
+    prompt_style: Literal["chatml", "vicuna_v1", "mistral", "llama_3", "internvl", "smolvlm", "gemma", "plain", None] = key(
+        None,
+        "How turns are written; `plain` learns captions and leaves questions out (projector pre-training); default: the model's own, by its tokenizer and the "
+        "chat template that comes with it.",
     )
     system_prompt: str | None = key(None, 'System prompt of rows that have none; default: the model\'s own, else that of prompt_style; "" for none.')
     image_placement: Literal["interleaved", "in_front", "mixed", "llava_next", None] = key(

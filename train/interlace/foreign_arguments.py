@@ -30,7 +30,10 @@ RENAMED = {
 # Values under those names: our key -> theirs -> ours
 VALUES: dict[str, dict[Any, Any]] = {
     "tunable_parts": {"mm_vision_tower": "vision_tower", "mm_mlp_adapter": "projector", "mm_language_model": "language_model"},
-    "prompt_style": {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "qwen_1_5": "chatml", "qwen_2": "chatml", "plain": "plain", "pretrain": "plain"},
+    "prompt_style": {
+        **{"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "qwen_1_5": "chatml", "qwen_2": "chatml"},
+        **{"mistral_instruct": "mistral", "llava_llama_3": "llama_3", "plain": "plain", "pretrain": "plain"},
+    },
 }
 _IN_THE_MODEL = "the model's own configuration decides"
 # Names that nothing here needs: theirs -> (values that change nothing, or () for all; why)

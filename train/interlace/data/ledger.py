@@ -1,6 +1,7 @@
 """The account of every row: trained, shortened or skipped, with file, index and reason."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,19 @@ class Ledger:
         """One line: totals, and the reasons with their counts."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         return f"{self.rows:,} rows: {self.trained:,} trained, {self.shortened:,} shortened, {self.skipped:,} skipped" + (f" ({reasons})" if reasons else "")
+
+    def too_long_warning(self, max_length: int) -> str:
+        """One line where more than a tenth of the rows is too long: how many, the longest, and what to set; "" where not."""
+        count = self.reasons["too_long"]
+        if count <= self.rows / 10:
+            return ""
+        found = (re.search(r"(\d+) tokens", entry.detail) for entry in self.entries if entry.reason == "too_long")
+        longest = max(int(match[1]) for match in found if match)
+        return (
+            f"WARNING: {count:,} of {self.rows:,} rows are too long for max_length {max_length:,} and were shortened or left out; the longest has {longest:,} "
+            f"tokens: set max_length to {longest} to keep all of them (as far as the model's context goes), or give images fewer tokens (image_aspect_ratio, "
+            "max_pixels, num_frames)"
+        )
 
     def write(self, path: Path) -> None:
         """Writes `ledger.json`, whole or not at all; its counts must reconcile."""

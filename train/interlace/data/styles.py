@@ -8,14 +8,14 @@ other leading white space stays.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from interlace.data.sample import Image, Part, Text, Turn, Video
 
-StyleName = Literal["chatml", "vicuna_v1", "plain", "smolvlm", "gemma", "written"]
+StyleName = Literal["chatml", "vicuna_v1", "mistral", "llama_3", "internvl", "plain", "smolvlm", "gemma", "written"]
 
 
 class TextIds(Protocol):
@@ -142,6 +142,15 @@ BODY = f"""{{%- for part in parts -%}}
 {{%- endfor -%}}
 """
 
+# The same with a line break behind every image, see `with_line_breaks`
+LINED_BODY = f"""{{%- for part in parts -%}}
+{{{{- image_token if {IS_IMAGE} else part['text'] -}}}}
+{{%- if {IS_IMAGE} and not (loop.nextitem is defined and loop.nextitem['type'] == 'text' and loop.nextitem['text'].startswith('\\n')) -%}}
+{{{{- '\\n' -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+"""
+
 _CHATML = (
     """
 {%- if messages[0]['role'] != 'system' and default_system_prompt -%}
@@ -175,7 +184,7 @@ _CHATML = (
 class ChatML(MarkedStyle):
     """`<|im_start|>role`, a newline, the text, `<|im_end|>`, a newline."""
 
-    name = "chatml"
+    name: StyleName = "chatml"
     default_system_prompt = "You are a helpful assistant."
     tokens = ("<|im_start|>", "<|im_end|>")
     template = _CHATML
@@ -189,6 +198,37 @@ class ChatML(MarkedStyle):
         if turn.role == "assistant" and (self.trims_answers or trim_answer(turn.text) == turn.text):
             return Piece([self.start, *text_ids("assistant\n")], text_ids(trim_answer(turn.text)), tail)
         return Piece([self.start], parts_ids(turn, text_ids, self.image_token_id, self.newline * self.newline_after_image, f"{turn.role}\n"), tail)
+
+
+class LineBroken(Style):
+    """A style with a line break behind every image, which is one text with what follows: as published chat templates write, but that a line break which the
+    data has there already, as LLaVA's rows do, is not doubled."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int, newline_after_image: bool = False):
+        super().__init__(tokenizer, image_token_id, newline_after_image)
+        if newline_after_image:
+            raise ValueError(f"newline_after_image does not go with prompt_style {self.name}: it has a line break behind images already")
+
+
+class InternVL(LineBroken, ChatML):
+    """ChatML with a line break behind every image."""
+
+    name = "internvl"
+    default_system_prompt = ""
+    template = _CHATML.replace(BODY, LINED_BODY)
+
+    def write(self, turns: Sequence[Turn], text_ids: TextIds) -> list[Piece]:
+        """See `Style`."""
+        return super().write([with_line_breaks(turn) for turn in turns], text_ids)
+
+
+def with_line_breaks(turn: Turn) -> Turn:
+    """A turn with a line break behind every image that has none there."""
+    parts: list[Part] = []
+    for part, following in zip(turn.parts, (*turn.parts[1:], None), strict=True):
+        has_one = isinstance(part, Text) or (isinstance(following, Text) and following.text.startswith("\n"))
+        parts += [part] if has_one else [part, Text("\n")]
+    return replace(turn, parts=tuple(parts))
 
 
 def parts_ids(

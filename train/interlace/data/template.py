@@ -10,16 +10,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from interlace.data.gemma import Gemma
+from interlace.data.llama_3 import Llama3
+from interlace.data.mistral import Mistral
 from interlace.data.sample import BadRow, PreferencePair, Sample, Text, Turn, Video
 from interlace.data.smolvlm import SmolVLM
-from interlace.data.styles import IS_IMAGE, ChatML, Piece, Style, StyleName, quoted
+from interlace.data.styles import IS_IMAGE, ChatML, InternVL, Piece, Style, StyleName, quoted
 from interlace.data.vicuna import Plain, Vicuna
 from interlace.data.written import Written
 
 IGNORE_INDEX = -100
 LabelPolicy = Literal["assistant", "llava_next", "last_turn"]
 Placement = Literal["interleaved", "in_front", "mixed", "llava_next"]
-STYLES: dict[StyleName, type[Style]] = {"chatml": ChatML, "vicuna_v1": Vicuna, "plain": Plain, "smolvlm": SmolVLM, "gemma": Gemma}
+STYLES: dict[StyleName, type[Style]] = {
+    **{"chatml": ChatML, "vicuna_v1": Vicuna, "mistral": Mistral, "llama_3": Llama3},
+    **{"internvl": InternVL, "smolvlm": SmolVLM, "gemma": Gemma, "plain": Plain},
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from interlace.data.reading import Outcome
-from interlace.model.loading import base_of, local_folder, resolve_model_path
+from interlace.model.hub import local_folder
+from interlace.model.loading import base_of, resolve_model_path
 
 
 class PartialPredictions:

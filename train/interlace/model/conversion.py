@@ -10,9 +10,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from interlace.errors import InputError
 from interlace.files import whole_or_not_at_all
+from interlace.model.hub import local_folder
 from interlace.model.kept import keep_aside, kept_settings, kept_weights
 from interlace.model.layouts import EMBEDDINGS, HEAD, NAMES, TEXT_MODELS, architecture, hub_name, is_language_model, original_name, read_settings
-from interlace.model.loading import ADAPTER_CONFIG, generation_settings, load_config, load_processing, local_folder, original_of, sound_generation
+from interlace.model.loading import ADAPTER_CONFIG, generation_settings, load_config, load_processing, original_of, sound_generation
 from interlace.model.original_settings import port_settings
 from interlace.model.original_tokenizer import write_tokenizer
 from interlace.model.saving import LICENCE_FILES, copy_files, save_config, save_processing

@@ -64,7 +64,8 @@ class Family:
     tower: what its cost depends on.
     processor: class name of its processor in transformers; processor_settings: config -> what that class wants to be told besides, None for what it
     cannot be told.
-    layout: how the hub spells the weights.
+    layout: how the hub spells the weights. has_flat_config: whether the hub's config.json has the language model's settings beside the others, without a
+    section of their own, which is how transformers 4 reads it.
     prompt_style, system_prompt: those its models were trained with; None for what goes with the tokenizer, and with the style.
     tiling: None where an image's tokens are those of its tiles, in order.
     processor_tokens: (contents of a processor_config.json, config) -> tokens of a tile as that processor counts them, None where the file does not say.
@@ -94,6 +95,7 @@ class Family:
     tiling: Tiling | None = None
     processor_tokens: Callable[[Mapping[str, Any], PretrainedConfig], int | None] | None = None
     sees_whole_images: bool = False
+    has_flat_config: bool = False
 
     @property
     def projector_in_tower(self) -> list[str]:
@@ -159,6 +161,7 @@ _QWEN2_VL: dict[str, Any] = {
     "processor": "Qwen2VLProcessor",
     "processor_settings": qwen_vl.no_settings,
     "layout": QWEN_VL_LAYOUT,
+    "has_flat_config": True,
 }
 _QWEN2_5_VL = _QWEN2_VL | {
     "features": qwen_vl.qwen2_5_features,
@@ -174,6 +177,7 @@ _QWEN3_VL = _QWEN2_5_VL | {
     "tower": Tower(qwen_vl.group_patches, qwen_vl.group_patches, qwen_vl.qwen2_5_tower_width, qwen_vl.attends_to_image, True),
     "processor": "Qwen3VLProcessor",
     "layout": (),  # as in memory
+    "has_flat_config": False,
     "system_prompt": "",
 }
 _INTERNVL: dict[str, Any] = {
@@ -195,6 +199,7 @@ _INTERNVL: dict[str, Any] = {
     "processor": "InternVLProcessor",
     "processor_settings": internvl.internvl_processor,
     "layout": INTERNVL_LAYOUT,
+    "prompt_style": "internvl",
     "system_prompt": "",
 }
 _SMOLVLM: dict[str, Any] = {
@@ -219,6 +224,7 @@ _SMOLVLM: dict[str, Any] = {
     "prompt_style": "smolvlm",
     "system_prompt": "",
 }
+_IDEFICS3 = _SMOLVLM | {"processor": "Idefics3Processor"}  # SmolVLM-256M, -500M and -Instruct; SmolVLM2 is of the newer type
 _GEMMA3: dict[str, Any] = {
     "vision_tower": "vision_tower",
     "projector": ("multi_modal_projector",),
@@ -250,6 +256,7 @@ FAMILIES = {
     "qwen3_vl": Family(**_QWEN3_VL),
     "internvl": Family(**_INTERNVL),
     "smolvlm": Family(**_SMOLVLM),
+    "idefics3": Family(**_IDEFICS3),
     "gemma3": Family(**_GEMMA3),
 }
 

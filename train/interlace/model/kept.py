@@ -34,7 +34,7 @@ def keep_aside(original: Original, folder: Path) -> None:
 def hand_on(source: Path, folder: Path) -> None:
     """Copies what is kept of one model in hub layout to another that was made of it; of a port, SentencePiece's file, which newer libraries do not write."""
     if (source / KEPT).is_dir():
-        shutil.copytree(source / KEPT, folder / KEPT, dirs_exist_ok=True)
+        shutil.copytree(source / KEPT, folder / KEPT, copy_function=shutil.copyfile, dirs_exist_ok=True)
     elif (source / "tokenizer.model").is_file():
         (folder / KEPT).mkdir(exist_ok=True)
         shutil.copyfile(source / "tokenizer.model", folder / KEPT / "tokenizer.model")
@@ -70,7 +70,7 @@ def copy_text_files(source: Path, folder: Path) -> None:
     """Copies the files of a tokenizer, and how its model generates."""
     copy_tokenizer(source, folder)
     if (source / _GENERATION).is_file():
-        shutil.copy(source / _GENERATION, folder / _GENERATION)
+        shutil.copyfile(source / _GENERATION, folder / _GENERATION)
 
 
 def _tower(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

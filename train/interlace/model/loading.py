@@ -2,13 +2,12 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -21,25 +20,23 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from interlace.data import demo
-from interlace.data.styles import known_id
 from interlace.data.template import ChatTemplate, LabelPolicy
 from interlace.errors import InputError
 from interlace.model.adapters import ADAPTER_CONFIG, PROCESSING_FILES, PROCESSOR_FILE, load_adapter, own_processing, read_adapter_config
 from interlace.model.families import FAMILIES, Family, family_of
+from interlace.model.hub import file_of, local_folder
 from interlace.model.layouts import hub_name, is_language_model, is_original, memory_name, read_settings
 from interlace.model.original import Original, open_original
 from interlace.model.processing import Processing, contradictions
+from interlace.model.prompts import difference, prompt_settings, published_template, style_of
 from interlace.model.weight_files import StoredTensor, fingerprint, stored_tensors
 
 IMAGE_BACKEND = "pil"  # one backend for training and inference: torchvision's resizing gives other pixels
-PROMPT_FILE = "prompt.json"  # what the saved model was trained with: system prompt
 BASE_FILE = "base_model.json"  # what an adapter was trained on
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-OTHER_WEIGHTS = ["*.onnx", "*.gguf", "*.msgpack", "*.h5", "*.pth", "original/*"]  # of no use here, though the hub may have them
 
 
 def resolve_model_path(name: str) -> str:
@@ -68,34 +65,6 @@ def base_of(path: str) -> str:
     if not base:
         raise InputError(f"{path}: {ADAPTER_CONFIG} names no base model")
     return resolve_model_path(base)
-
-
-def local_folder(path: str, may_fetch: bool = True, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a model: itself, or where the hub's files are kept, fetched first if need be.
-
-    Args:
-        patterns: of the files that are wanted; None for all that may be of use.
-
-    Raises:
-        InputError: nothing is kept, and nothing may or can be fetched.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, local_files_only=not may_fetch, allow_patterns=list(patterns) if patterns else None, ignore_patterns=OTHER_WEIGHTS))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise InputError(f"{path} is no folder here, and cannot be had from the hub: {reason}; check the name, and the connection") from None
-
-
-def file_of(path: str, name: str) -> Path | None:
-    """A small file of a model, from its folder or the hub; None where there is none."""
-    if Path(path).is_dir():
-        return Path(path) / name if (Path(path) / name).is_file() else None
-    try:
-        return Path(hf_hub_download(path, name))
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
 
 
 def original_of(path: str, vision_tower: str | None = None) -> Original | None:
@@ -169,10 +138,11 @@ def load_processing(
             image_processor = original.image_processor()
         else:
             image_processor = AutoImageProcessor.from_pretrained(pictures, backend=IMAGE_BACKEND, **remote)
+        published = published_template(words, tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: tokenizer or image processor cannot be loaded: {error}") from error
     family = family_of(config)
-    prompt = _prompt_settings(words, prompt | {"system_prompt": system_prompt}, tokenizer, family)
+    prompt, is_guessed = prompt_settings(words, prompt | {"system_prompt": system_prompt}, family, style_of(tokenizer, config, published))
     try:
         image_processor = family.image_processor(image_processor, config, image_aspect_ratio)
         images = family.images(config, image_processor, tokenizer)
@@ -186,19 +156,8 @@ def load_processing(
     notes = [f"{path} has no {' and no '.join(borrowed)} of its own; taken from its base, {base}"] if borrowed else []
     file = file_of(path, PROCESSOR_FILE)
     notes += [] if file is None else [f"{path}: {PROCESSOR_FILE} {found}" for found in contradictions(json.loads(file.read_text(encoding="utf-8")), config)]
+    notes += list(filter(None, [difference(template, published) if is_guessed else ""]))
     return Processing(tokenizer, image_processor, template, config, tuple(notes))
-
-
-def _prompt_settings(path: str, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> dict[str, Any]:
-    """What was chosen, else what the model of this folder or hub id was trained with, else what its tokenizer and family were made for."""
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    file = file_of(path, PROMPT_FILE)
-    kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    if "form" in chosen or ("prompt_style" in chosen and chosen["prompt_style"] != kept.get("prompt_style")):
-        kept = {name: value for name, value in kept.items() if name not in ("prompt_style", "system_prompt", "form")}  # each style has its own
-    style = family.prompt_style or ("vicuna_v1" if known_id(tokenizer, "<|im_start|>") is None else "chatml")
-    own = {} if family.system_prompt is None or "form" in chosen else {"system_prompt": family.system_prompt}
-    return {"prompt_style": style, **own, **kept, **chosen}
 
 
 def _check_style(template: ChatTemplate, family: Family, config: PretrainedConfig) -> None:
@@ -210,7 +169,7 @@ def _check_style(template: ChatTemplate, family: Family, config: PretrainedConfi
     style = template.style.name
     if "gemma" in (style, family.prompt_style) and style != family.prompt_style:
         reason = "it writes line breaks around an image, as Gemma's own processor does and no other; what is saved would be asked in another form"
-        wanted = f"expected {family.prompt_style}" if family.prompt_style else "leave prompt_style out"
+        wanted = "expected gemma" if family.prompt_style == "gemma" else "leave prompt_style out"
         raise InputError(f"prompt_style {style} does not go with model_type {config.model_type!r}: of prompt_style gemma alone, {reason}; {wanted}")
 
 

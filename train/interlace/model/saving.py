@@ -12,11 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from interlace.data.vicuna import SentencePieceStyle
 from interlace.files import set_default_mode
+from interlace.model.adapters import PROCESSOR_FILE
 from interlace.model.families import family_of
+from interlace.model.hub import local_folder
 from interlace.model.kept import KEPT, hand_on, keep_aside
 from interlace.model.layouts import hub_name
-from interlace.model.loading import PROCESSOR_FILE, PROMPT_FILE, local_folder, original_of
+from interlace.model.loading import original_of
 from interlace.model.processing import Processing
+from interlace.model.prompts import PROMPT_FILE
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -45,8 +48,9 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["legacy"] = True  # transformers 5 leaves it out, and reads the folder as another tokenizer
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", tokenizer.model_input_names)  # else transformers 4 gives the model token types as well
     settings["processor_class"] = processor["processor_class"]
-    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "tokenizer_config.json", dict(sorted(settings.items())))
 
 
 def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -81,6 +85,8 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
         text |= {} if rope == {"rope_type": "default"} else {"rope_scaling": rope}
     if "tie_word_embeddings" in settings:
         text.setdefault("tie_word_embeddings", settings["tie_word_embeddings"])
+    if family_of(config).has_flat_config:
+        settings = {**{name: value for name, value in settings.pop("text_config").items() if name != "model_type"}, **settings}
     settings.setdefault("architectures", [architecture])
     _write_json(folder / "config.json", settings)
 

@@ -1,4 +1,4 @@
-"""SmolVLM: an image is enlarged to whole tiles, each with its row and column written before it, and comes once more in one last tile."""
+"""SmolVLM, and Idefics 3 before it: an image is enlarged to whole tiles, each behind its row and column, and comes once more in one last tile."""
 
 import math
 from collections.abc import Sequence
@@ -64,15 +64,19 @@ class SmolImages(Images):
         ids: list[int] = []
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):
-                ids += [self.id_of(AROUND), self.id_of(f"<row_{row}_col_{column}>"), *tile]
-            ids += self._line_breaks[row == rows]
-        return [*ids, self.id_of(AROUND), self.id_of(WHOLE), *tile, self.id_of(AROUND)]
+                ids += [self.id_of(AROUND), *self._text_ids(f"<row_{row}_col_{column}>"), *tile]
+            ids += self._text_ids("\n\n" if row == rows else "\n")
+        return [*ids, self.id_of(AROUND), *self._text_ids(WHOLE), *tile, self.id_of(AROUND)]
+
+    def _text_ids(self, text: str) -> list[int]:
+        """What stands between control tokens: one token itself, or plain text to a tokenizer that does not know it (SmolVLM-Instruct's)."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._known[text]
 
     @cached_property
-    def _line_breaks(self) -> tuple[list[int], list[int]]:
-        """Ids of one, and of two, as they stand between control tokens."""
-        one, two = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\n\n"))
-        return one, two
+    def _known(self) -> dict[str, list[int]]:
+        return {}
 
     def pixels(self, images: Sequence[PIL.Image.Image], image_tokens: Sequence[int] | None) -> torch.Tensor:
         if image_tokens is None:
@@ -140,5 +144,5 @@ def smolvlm_width(config: PretrainedConfig) -> int:
 
 
 def smolvlm_processor(config: PretrainedConfig) -> dict[str, Any]:
-    """Settings of `SmolVLMProcessor`."""
-    return {"image_seq_len": tile_tokens(config)}
+    """Settings of `SmolVLMProcessor` and `Idefics3Processor`, which know their image token themselves: transformers 4 stops at it."""
+    return {"image_seq_len": tile_tokens(config), "image_token": None}

@@ -52,9 +52,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer's files as they are; PaddleMIX's by the names that transformers reads."""
     for name in _FILES:
         if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+            shutil.copyfile(source / name, folder / name)
     if (source / _PADDLE).is_file() and not (source / "tokenizer.model").is_file():
-        shutil.copy(source / _PADDLE, folder / "tokenizer.model")
+        shutil.copyfile(source / _PADDLE, folder / "tokenizer.model")
         settings = folder / "tokenizer_config.json"
         if settings.is_file():
             renamed = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "LlamaTokenizer"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import transformers
 from transformers import PretrainedConfig, TrainingArguments
 
 from interlace.arguments import Arguments, list_value
-from interlace.data.dataset import default_cache_dir, load_rows
+from interlace.data.dataset import Rows, default_cache_dir, load_rows
 from interlace.data.download import UrlPolicy, hosts
+from interlace.data.ledger import Ledger
 from interlace.data.places import MediaFolder
 from interlace.data.reading import Kind, RowReader
-from interlace.data.sources import read_entries
+from interlace.data.sources import Source, read_entries
 from interlace.data.written import form_of
 from interlace.errors import InputError
 from interlace.model.attention_kernels import choose
@@ -100,12 +102,20 @@ def row_reader(arguments: Arguments, processing: Processing, kind: Kind = "super
     )
 
 
+def checked_rows(sources: Sequence[Source], reader: RowReader, arguments: Arguments, is_main: bool) -> tuple[Rows, Ledger]:
+    """See `load_rows`; the main process says when many rows are too long, before the minutes that a model takes to load."""
+    rows, ledger = load_rows(sources, reader, arguments, is_main)
+    if warning := ledger.too_long_warning(arguments["max_length"]):
+        say(warning)
+    return rows, ledger
+
+
 def evaluation_rows(arguments: Arguments, reader: RowReader, config: PretrainedConfig, costs: StepCosts, args: TrainingArguments) -> PlannedRows | None:
     """The rows of `dataset.eval` in order, planned in one epoch; None if there are none."""
     entries = arguments["dataset"].get("eval")
     if not entries:
         return None
-    rows, ledger = load_rows(read_entries(entries, args.seed), reader, arguments, args.process_index == 0)
+    rows, ledger = checked_rows(read_entries(entries, args.seed), reader, arguments, args.process_index == 0)
     say(f"evaluation: {ledger.summary()}")
     return PlannedRows(rows, evaluation_plan(rows, config, costs, args))
 

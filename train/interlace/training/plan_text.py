@@ -29,9 +29,10 @@ def show(*paragraphs: Sequence[str]) -> None:
             print("\n" + "\n".join(lines), flush=True)
 
 
-def describe_rows(name: str, checked: Checked) -> list[str]:
-    """Totals, reasons and examples."""
-    lines = [f"{name}: {checked.ledger.summary()}"]
+def describe_rows(name: str, checked: Checked, max_length: int) -> list[str]:
+    """Totals, a warning if many are too long, reasons and examples."""
+    warning = checked.ledger.too_long_warning(max_length)
+    lines = [f"{name}: {checked.ledger.summary()}", *([warning] if warning else [])]
     lines += [f"  {entry.status}: {entry.file}: row {entry.index}: {entry.reason}: {entry.detail}" for entry in islice(checked.ledger.entries, _EXAMPLES)]
     more = checked.ledger.skipped + checked.ledger.shortened - _EXAMPLES
     return lines + ([f"  and {more:,} more"] if more > 0 else [])

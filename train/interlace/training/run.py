@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments, get_scheduler
 
 from interlace.arguments import Arguments
-from interlace.data.dataset import load_rows
 from interlace.data.ledger import Ledger
 from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
@@ -34,7 +33,7 @@ from interlace.training.lock import FolderLock
 from interlace.training.model_card import write_model_card
 from interlace.training.nodes import check_nodes, meet
 from interlace.training.outline import asks_reference, empty_model
-from interlace.training.parts import evaluation_rows, load_tuned_model, processing_of, row_reader, training_arguments
+from interlace.training.parts import checked_rows, evaluation_rows, load_tuned_model, processing_of, row_reader, training_arguments
 from interlace.training.planned import PlannedRows
 from interlace.training.planning import training_plan
 from interlace.training.publishing import publish
@@ -105,7 +104,7 @@ def _run(arguments: Arguments, kind: Kind, prepare: Prepare, ranks: Ranks, watch
     processing = processing_of(path, arguments)
     reader = row_reader(arguments, processing, kind)
     entries = read_entries(arguments["dataset"]["train"], args.seed)
-    rows, ledger = load_rows(entries, reader, arguments, ranks.is_main)
+    rows, ledger = checked_rows(entries, reader, arguments, ranks.is_main)
     costs = step_costs(empty_model(processing.config, arguments))
     train = PlannedRows(rows, training_plan(rows, processing.config, costs, arguments, args))
     data = f"{rows.fingerprint} {train.plan.fingerprint}"
