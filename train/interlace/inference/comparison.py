@@ -1,6 +1,5 @@
 """Two models' answers to the same questions: what got better, what got worse, and how sure that is."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from interlace.errors import InputError
-from interlace.files import write_whole
+from interlace.files import write_json
 from interlace.inference.metrics import dataset_of, grouped, num_images_of, row_scores
 from interlace.inference.predictions import few, read_predictions
 
@@ -111,7 +110,7 @@ def compare(earlier: Sequence[Prediction], predictions: Sequence[Prediction], se
 def write_comparison(output_dir: Path, earlier: Sequence[Prediction], predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
     """Writes `comparison.json`; returns what is in it, see `compare`."""
     comparison = compare(earlier, predictions, seed)
-    write_whole(output_dir / "comparison.json", json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
+    write_json(output_dir / "comparison.json", comparison)
     return comparison
 
 

@@ -1,6 +1,5 @@
 """Does a model look at the images, at the right one, in their order? What its answers say that it gave with images changed, see `ablations`."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from interlace.files import write_whole
+from interlace.files import write_json
 from interlace.inference.comparison import RESAMPLES, interval_text, mean_interval
 from interlace.inference.metrics import dataset_of, grouped, num_images_of
 
@@ -70,7 +69,7 @@ def diagnosis(ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any
 def write_diagnosis(output_dir: Path, ablated: Sequence[Ablated], predictions: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
     """Writes `diagnostics.json`; returns what is in it, see `diagnosis`."""
     diagnosed = diagnosis(ablated, predictions, seed)
-    write_whole(output_dir / "diagnostics.json", json.dumps(diagnosed, indent=2, ensure_ascii=False) + "\n")
+    write_json(output_dir / "diagnostics.json", diagnosed)
     return diagnosed
 
 

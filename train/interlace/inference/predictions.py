@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from interlace.errors import InputError
-from interlace.files import write_whole
+from interlace.files import write_json, write_whole
 from interlace.inference.interleave_bench import PUBLISHED
 from interlace.inference.metrics import check_rows, score
 
@@ -80,7 +80,7 @@ def write_scores(output_dir: Path, predictions: Sequence[dict[str, Any]]) -> dic
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     metrics = score(predictions)
-    write_whole(output_dir / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_json(output_dir / "metrics.json", metrics)
     return metrics
 
 

@@ -1,6 +1,5 @@
 """What a model has in its authors' layout and the hub's has no place for: kept beside the hub's files, in one folder, for the way back."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from interlace.files import set_default_mode
+from interlace.files import set_default_mode, write_json
 from interlace.model.layouts import VISION, read_settings
 from interlace.model.original import Original
 from interlace.model.tokenizer_files import copy_tokenizer
@@ -23,8 +22,8 @@ def keep_aside(original: Original, folder: Path) -> None:
     """Writes it into a model's folder in hub layout."""
     kept = folder / KEPT
     kept.mkdir(exist_ok=True)
-    _write_json(kept / _SETTINGS, original.settings)
-    _write_json(kept / _TOWER, {"fingerprint": fingerprint(_tower(original.tensors))})
+    write_json(kept / _SETTINGS, original.settings)
+    write_json(kept / _TOWER, {"fingerprint": fingerprint(_tower(original.tensors))})
     if original.kept:
         save_file({name: tensor.load().contiguous() for name, tensor in original.kept.items()}, kept / _WEIGHTS, {"format": "pt"})
         set_default_mode(kept / _WEIGHTS)
@@ -75,7 +74,3 @@ def copy_text_files(source: Path, folder: Path) -> None:
 
 def _tower(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(VISION)}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -4,14 +4,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import PretrainedConfig, PreTrainedModel
 
 from interlace.data.vicuna import SentencePieceStyle
-from interlace.files import set_default_mode
+from interlace.files import set_default_mode, write_json
 from interlace.model.adapters import PROCESSOR_FILE
 from interlace.model.families import family_of
 from interlace.model.hub import local_folder
@@ -31,8 +30,8 @@ def save_processing(processing: Processing, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # The image processor stands in preprocessor_config.json, where every version reads it; transformers 4 stops at a copy in processor_config.json
     processing.image_processor.save_pretrained(folder)
-    _write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
-    _write_json(folder / PROMPT_FILE, processing.template.settings)
+    write_json(folder / PROCESSOR_FILE, dict(sorted(processor.items())))
+    write_json(folder / PROMPT_FILE, processing.template.settings)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = settings.pop("extra_special_tokens", None)  # transformers 4 wants a mapping here and stops at a list
     if isinstance(extra, dict) and extra:
@@ -50,7 +49,7 @@ def save_processing(processing: Processing, folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings.setdefault("model_input_names", tokenizer.model_input_names)  # else transformers 4 gives the model token types as well
     settings["processor_class"] = processor["processor_class"]
-    _write_json(folder / "tokenizer_config.json", dict(sorted(settings.items())))
+    write_json(folder / "tokenizer_config.json", dict(sorted(settings.items())))
 
 
 def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -88,7 +87,7 @@ def save_config(config: PretrainedConfig, architecture: str, folder: Path) -> No
     if family_of(config).has_flat_config:
         settings = {**{name: value for name, value in settings.pop("text_config").items() if name != "model_type"}, **settings}
     settings.setdefault("architectures", [architecture])
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
 
 
 def copy_beside(path: str, folder: Path) -> None:
@@ -109,7 +108,3 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)  # not its mode
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

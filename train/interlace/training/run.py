@@ -18,7 +18,7 @@ from interlace.data.ledger import Ledger
 from interlace.data.reading import Kind, RowReader
 from interlace.data.sources import read_entries
 from interlace.errors import InputError, RunError, Stopped
-from interlace.files import write_whole
+from interlace.files import write_json, write_whole
 from interlace.model import pissa
 from interlace.model.costs import StepCosts, step_costs
 from interlace.model.loading import Processing, resolve_model_path
@@ -52,7 +52,7 @@ from interlace.training.row_losses import RowLosses
 from interlace.training.stopping import StopSignals
 from interlace.training.story import tell
 from interlace.training.summary import describe, report
-from interlace.training.tracking import draw_curves, end_of_trackers, environment, guarded_trackers, say, write_json
+from interlace.training.tracking import draw_curves, end_of_trackers, environment, guarded_trackers, say
 from interlace.training.trainer import PackedTrainer
 from interlace.training.watch import Watch
 from interlace.training.weights import load_weights

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -230,8 +229,3 @@ def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
         tqdm.write("  " + "  ".join(cells).rstrip())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a record of the run as readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
