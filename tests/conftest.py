@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -203,6 +204,14 @@ def make_arguments(tiny_dir: Path, tmp_path: Path) -> Callable[..., dict[str, An
         return arguments
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_signal_is_left_ignored() -> Iterator[None]:
+    """A script that runs in the process of the tests leaves signals ignored at its end, and so they would be in every process that a later test starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 @pytest.fixture(autouse=True)

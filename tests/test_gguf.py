@@ -6,7 +6,6 @@ LLAMA_CPP_PYTHON names an interpreter that has llama-cpp-python; without it one 
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -338,14 +337,12 @@ def test_the_script(tmp_path: Path, sources: dict[str, Path]) -> None:
         assert not (tmp_path / "other").exists()
 
 
-def test_without_the_package(tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("gguf", "interlace.model.gguf_files", "interlace.model.gguf_vocabulary"):
-        monkeypatch.setitem(sys.modules, name, None) if name == "gguf" else monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "--input", str(sources["interleave"]), "--output", str(tmp_path / "out"), "--to", "gguf"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "train" / "convert_checkpoint.py"), run_name="__main__")
-    assert stopped.value.code == 2
-    assert 'pip install -e ".[gguf]"' in capsys.readouterr().err
+def test_without_the_package(tmp_path: Path, sources: dict[str, Path]) -> None:
+    code = "import runpy, sys; sys.modules['gguf'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = ["convert_checkpoint.py", "--input", sources["interleave"], "--output", tmp_path / "out", "--to", "gguf"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT / "train", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert 'pip install -e ".[gguf]"' in done.stderr
 
 
 # --- llama.cpp itself ---
