@@ -1,12 +1,10 @@
 """Which form of prompts a model was made for, where nothing that Interlace saved says it; and how that differs from the chat template that comes with it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from interlace.data.styles import StyleName, known_id
 from interlace.data.template import ChatTemplate
@@ -24,8 +22,8 @@ def published_template(path: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     Args:
         path: a folder or a hub id.
     """
-    file = cached_file(path, _PROCESSOR_TEMPLATE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    found = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template") if file else None
+    file = file_of(path, _PROCESSOR_TEMPLATE)
+    found = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     return found or tokenizer.chat_template
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from interlace.errors import InputError
+from interlace.files import write_json
 from interlace.model.layouts import ROWS_ADDED
 
 _PADDLE = "sentencepiece.bpe.model"  # PaddleNLP's name for tokenizer.model
@@ -58,4 +59,4 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         settings = folder / "tokenizer_config.json"
         if settings.is_file():
             renamed = json.loads(settings.read_text(encoding="utf-8")) | {"tokenizer_class": "LlamaTokenizer"}
-            settings.write_text(json.dumps(renamed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(settings, renamed)
